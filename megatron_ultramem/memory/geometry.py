@@ -1,0 +1,165 @@
+"""Which layers share which value tables, and where each layer's window of rows lies. Pure Python.
+
+A *pool* is the set of value tables of a group of consecutive memory layers, one table of n*n rows per layer. A layer
+sees g (`share_size`) of them through floor(sqrt(g)*n) keys per side. A virtual row v (after the shuffle) is the
+physical row `(v + offset) mod rows` of the pool.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
+from megatron_ultramem.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The tables of one group of memory layers. All sizes are in rows, `keys_per_side` in keys.
+
+    `virtual_rows` (keys_per_side squared) may be a little smaller than the g*table_rows of the window, because keys
+    per side are a whole number. Rows from `rows` up to `padded_rows` are padding and are never looked up.
+    """
+
+    index: int
+    layers: tuple[int, ...]  # global layer numbers, from 0
+    num_tables: int
+    table_rows: int
+    rows: int
+    padded_rows: int
+    keys_per_side: int
+    virtual_rows: int
+    offsets: tuple[int, ...]  # first physical row of each layer's window, in the order of `layers`
+
+    def row_offset(self, layer: int) -> int:
+        """First physical row of the window of global layer number `layer`; ValueError if it is not in the pool."""
+        return self.offsets[self.layers.index(layer)]
+
+
+def parse_layers(spec: str, num_layers: int, setting: str) -> list[int]:
+    """Layer numbers of 'all', 'none' or a list such as '0,2,5-8', ascending and without repeats.
+
+    `setting` is the name of the setting, for the ConfigError that anything else raises.
+    """
+    text = spec.strip()
+    if text == "all":
+        return list(range(num_layers))
+    if text == "none":
+        return []
+    legal = f"legal: 'all', 'none', or numbers from 0 to {num_layers - 1} and ranges of them, such as '0,2,5-8'"
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+            raise ConfigError(f"{setting}={spec!r}: {part.strip()!r} is not a layer number or a range; {legal}")
+        low, high = int(first), int(last) if dash else int(first)
+        if low > high or high >= num_layers:
+            raise ConfigError(f"{setting}={spec!r}: {part.strip()!r} is out of range; {legal}")
+        layers.update(range(low, high + 1))
+    return sorted(layers)
+
+
+def coarse_k(config: MemoryConfig, keys_per_side: int) -> int:
+    """Candidates per side in the coarse pass: min(keys per side, top_m, coarse_top_k)."""
+    cap = keys_per_side if config.coarse_top_k is None else config.coarse_top_k
+    return min(keys_per_side, config.top_m, cap)
+
+
+def plan_pools(model: ModelConfig) -> list[Pool]:
+    """Groups consecutive memory layers into pools; [] without memory layers.
+
+    Raises ConfigError, naming the setting, its value and what is legal, for settings that contradict each other.
+    """
+    config = model.memory
+    layers = parse_layers(config.layers, model.num_layers, "model.memory.layers")
+    if not layers:
+        return []
+    pool_size = _pool_size(config, len(layers))
+    table_rows = config.num_keys**2
+    rows = pool_size * table_rows
+    keys_per_side = math.isqrt(config.share_size * table_rows)
+    _check_widths(config, keys_per_side)
+    offsets = tuple(_window_start(config, position, pool_size) * table_rows for position in range(pool_size))
+    return [
+        Pool(
+            index=index,
+            layers=tuple(layers[start : start + pool_size]),
+            num_tables=pool_size,
+            table_rows=table_rows,
+            rows=rows,
+            padded_rows=-(-rows // config.rows_multiple) * config.rows_multiple,
+            keys_per_side=keys_per_side,
+            virtual_rows=keys_per_side**2,
+            offsets=offsets,
+        )
+        for index, start in enumerate(range(0, len(layers), pool_size))
+    ]
+
+
+def _window_start(config: MemoryConfig, position: int, pool_size: int) -> int:
+    """First table (from 0 in the pool) that the layer at `position` sees."""
+    g = config.share_size
+    if config.sharing == "none":
+        return position
+    if config.sharing == "block":
+        return 0
+    # The paper's ring of 4 shows layer 1 the tables {24, 1, 2, 3}: (g-1)//2 tables before its own, the rest after.
+    start = position - (g - 1) // 2 if config.window == "centered" else position
+    if config.sharing == "ring":
+        return start % pool_size
+    return min(max(start, 0), pool_size - g)
+
+
+def _pool_size(config: MemoryConfig, memory_layers: int) -> int:
+    """The pool size that the settings ask for, after checking it against sharing and the number of layers."""
+    g, name = config.share_size, "model.memory.pool_size"
+    if config.sharing == "none" and g != 1:
+        raise ConfigError(
+            f"model.memory.share_size={g} with model.memory.sharing=none: a layer sees only its own table; "
+            "legal: share_size=1, or sharing=block, ring or no_ring"
+        )
+    default = {"none": 1, "block": g}.get(config.sharing, memory_layers)
+    size = default if config.pool_size is None else config.pool_size
+    shown = f"{name}={'null' if config.pool_size is None else size}"
+    if config.sharing == "block" and size != g:
+        raise ConfigError(f"{shown} with model.memory.sharing=block: legal: null or share_size ({g})")
+    if g > size:
+        raise ConfigError(
+            f"model.memory.share_size={g} is more than the {size} tables of a pool ({shown}); legal: 1 to {size}"
+        )
+    if memory_layers % size:
+        lowest = 1 if config.sharing == "block" else g
+        divisors = ", ".join(str(d) for d in range(lowest, memory_layers + 1) if memory_layers % d == 0)
+        what = "model.memory.share_size" if config.sharing == "block" else name
+        raise ConfigError(
+            f"{what}={size} does not divide the {memory_layers} memory layers (model.memory.layers={config.layers!r}); "
+            f"legal: {divisors or 'no value for this share_size'}"
+        )
+    return size
+
+
+def _check_widths(config: MemoryConfig, keys_per_side: int) -> None:
+    virtual_rows = keys_per_side**2
+    if config.top_m > virtual_rows:
+        raise ConfigError(
+            f"model.memory.top_m={config.top_m} is more than the {virtual_rows} rows that a layer sees "
+            f"({keys_per_side} keys per side, model.memory.num_keys={config.num_keys}); legal: 1 to {virtual_rows}"
+        )
+    k = coarse_k(config, keys_per_side)
+    if config.top_m > k * k:
+        raise ConfigError(
+            f"model.memory.top_m={config.top_m} is more than the {k}*{k} candidates of the coarse pass "
+            f"(model.memory.coarse_top_k={config.coarse_top_k}); legal: top_m up to {k * k}, or coarse_top_k at least "
+            f"{math.isqrt(config.top_m - 1) + 1}"
+        )
+    if config.value_dim % config.num_cores:
+        raise ConfigError(
+            f"model.memory.value_dim={config.value_dim} does not divide into model.memory.num_cores="
+            f"{config.num_cores} slices; legal: a multiple of {config.num_cores}"
+        )
+    if config.tucker_penalty_coeff > 0 and config.tucker_rank == 1:
+        raise ConfigError(
+            f"model.memory.tucker_penalty_coeff={config.tucker_penalty_coeff} with model.memory.tucker_rank=1: "
+            "a core of rank 1 has nothing to penalise; legal: tucker_penalty_coeff=0, or tucker_rank of 2 or more"
+        )
