@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 from megatron_ultramem.errors import ConfigError
+
+if TYPE_CHECKING:  # the config package checks its settings with this module: importing it here would be a circle
+    from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 
 
 @dataclass(frozen=True)
