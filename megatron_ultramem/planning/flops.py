@@ -1,0 +1,104 @@
+"""FLOPs of one token, term by term. A multiply-add counts 2; training counts 3 forwards (recompute adds nothing, so
+the figures built on this are model FLOP/s, not hardware FLOP/s).
+
+Conventions: causal attention counts only the unmasked half, that is (S + 1) / 2 keys per query on average; norms,
+activations, rotary embedding, softmax, top-k selection and the embedding lookup count nothing; the logits are
+computed over the padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
+from megatron_ultramem.memory.geometry import coarse_k, parse_layers, plan_pools
+from megatron_ultramem.planning.parameters import attention_dims, pad_vocabulary, query_width
+
+
+@dataclass(frozen=True)
+class MemoryFlops:
+    """Forward FLOPs of memory layers per token.
+
+    Symbols: n keys per side seen by the layer, r Tucker rank, c cores, k coarse candidates per side, m values,
+    H heads.
+    """
+
+    query_projection: float  # 2 h * 2 Dk r H
+    pre_value_projection: float  # 2 h Dp
+    value_projection: float  # 2 Dv h
+    key_scores: float  # row and column: 2 sides * 2 n r Dk H
+    coarse_combination: float  # S_row u and S_col t: 2 sides * 2 n r H
+    exact_scores: float  # S_row[i] C_c S_col[j] on k x k pairs: H c (2 k r^2 + 2 k^2 r) + H (c - 1) k^2
+    lookup: float  # (P x') and V^T: H m (2 Dp + 2 Dv)
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, term.name) for term in fields(self))
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """FLOPs per token of all layers together; `forward` adds them up, `training` is forward and backward."""
+
+    attention_projections: float
+    attention_scores: float
+    ffn: float
+    moe: float
+    logits: float
+    memory: MemoryFlops
+
+    @property
+    def attention(self) -> float:
+        return self.attention_projections + self.attention_scores
+
+    @property
+    def forward(self) -> float:
+        return self.attention + self.ffn + self.moe + self.logits + self.memory.total
+
+    @property
+    def training(self) -> float:
+        return 3 * self.forward
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -> FlopsPerToken:
+    """FLOPs of one token of a sequence of `sequence_length` tokens, averaged over its positions."""
+    hidden, layers = model.hidden_size, model.num_layers
+    _, query_dim, key_dim = attention_dims(model)
+    moe_layers = len(parse_layers(model.moe.layers, layers, "model.moe.layers"))
+    moe = model.moe
+    experts_width = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_hidden_size
+    return FlopsPerToken(
+        attention_projections=2.0 * hidden * (2 * query_dim + 2 * key_dim) * layers,
+        attention_scores=2 * 2.0 * query_dim * (sequence_length + 1) / 2 * layers,
+        ffn=2.0 * 3 * hidden * model.ffn_hidden_size * (layers - moe_layers),
+        moe=2.0 * hidden * (moe.num_experts + 3 * experts_width) * moe_layers,
+        logits=2.0 * hidden * pad_vocabulary(model, vocab_size),
+        memory=_memory_flops(model),
+    )
+
+
+def _memory_flops(model: ModelConfig) -> MemoryFlops:
+    """Sum over the memory layers of `model`, each with the keys of its pool."""
+    layers = [
+        _memory_layer_flops(model.memory, model.hidden_size, pool.keys_per_side)
+        for pool in plan_pools(model)
+        for _ in pool.layers
+    ]
+    return MemoryFlops(
+        **{term.name: sum(getattr(layer, term.name) for layer in layers) for term in fields(MemoryFlops)}
+    )
+
+
+def _memory_layer_flops(memory: MemoryConfig, hidden: int, keys_per_side: int) -> MemoryFlops:
+    heads, rank, cores = memory.num_heads, memory.tucker_rank, memory.num_cores
+    k = coarse_k(memory, keys_per_side)
+    per_core = 2 * k * rank**2 + 2 * k**2 * rank
+    return MemoryFlops(
+        query_projection=2.0 * hidden * query_width(memory),
+        pre_value_projection=2.0 * hidden * memory.pre_value_dim,
+        value_projection=2.0 * memory.value_dim * hidden,
+        key_scores=2 * 2.0 * keys_per_side * rank * memory.key_dim * heads,
+        coarse_combination=2 * 2.0 * keys_per_side * rank * heads,
+        exact_scores=float(heads * (cores * per_core + (cores - 1) * k**2)),
+        lookup=2.0 * heads * memory.top_m * (memory.pre_value_dim + memory.value_dim),
+    )

@@ -1,0 +1,131 @@
+"""Exact parameter counts of a model, from its configuration alone.
+
+Three numbers are called "active parameters" in the literature, and they differ by 5 % for UltraMemV2-227M/1.2B, so
+this file says which is which:
+
+- `ParameterCounts.total` is every parameter of the model that Megatron builds: the (tied) embedding once, all keys,
+  padded vocabulary and padded pool rows included. It equals the sum of `numel()` over the modules.
+- `ParameterCounts.active` is every parameter that one token's forward pass reads: all of `total` except the table
+  rows that the token does not fetch and the experts it is not routed to. All product keys are scored, so all count.
+- `ParameterCounts.published` follows the paper's table 10 (arXiv 2508.18756), whose counts are reproduced for both
+  OLMoE-227M/1.18B and UltraMemV2-227M/1.2B by: keys counted at the n of one layer's own table (`num_keys`: 360)
+  and not at the sqrt(g)*n keys (1138) that a layer which sees g tables really has; the embedding counted once in the
+  active parameters and not at all in the total. With it UltraMemV2 has 224.3M active of 1.181B (published: 225M,
+  1.18B) and OLMoE 228.4M of 1.181B (227M, 1.18B). The real UltraMemV2 reads 236.3M per token and has 1.231B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ultramem.config.schema import MemoryConfig, ModelConfig, MoEConfig
+from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
+
+
+@dataclass(frozen=True)
+class PublishedCounts:
+    """Active and total parameters by the convention of the paper's table 10 (see the top of the file)."""
+
+    active: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model, by part; the parts from `tables` to `norms` add up to `total`.
+
+    `tables`: values and pre-values of all pools. `memory_dense`: everything else of the memory layers (projections,
+    keys, key and query gains, Tucker cores). `attention`: projections and QK-norm gains. `ffn`: dense FFNs. `moe`:
+    routers, experts and shared experts. `embedding`: input embedding, and the output matrix when it is not tied.
+    `norms`: the two norms of every block and the final one.
+    """
+
+    total: int
+    active: int
+    tables: int
+    memory_dense: int
+    attention: int
+    ffn: int
+    moe: int
+    embedding: int
+    norms: int
+    published: PublishedCounts
+
+
+def pad_vocabulary(model: ModelConfig, vocab_size: int) -> int:
+    """Rows of the embedding: `vocab_size` rounded up to a multiple of `model.vocab_size_multiple`."""
+    multiple = model.vocab_size_multiple
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
+def attention_dims(model: ModelConfig) -> tuple[int, int, int]:
+    """(head width, total query width, total key width) of attention."""
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    groups = model.num_query_groups or model.num_attention_heads
+    return head_dim, head_dim * model.num_attention_heads, head_dim * groups
+
+
+def query_width(memory: MemoryConfig) -> int:
+    """Output width of W_q: two sides of Dk for every head, and for every Tucker rank if `query_per_rank`."""
+    ranks = memory.tucker_rank if memory.query_per_rank else 1
+    return 2 * memory.key_dim * ranks * memory.num_heads
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
+    """Counts of `model` with `vocab_size` tokens (padded here as the model pads it). Definitions at the top."""
+    hidden = model.hidden_size
+    head_dim, query_dim, key_dim = attention_dims(model)
+    attention_layer = hidden * (query_dim + 2 * key_dim) + query_dim * hidden + (2 * head_dim if model.qk_norm else 0)
+    attention = attention_layer * model.num_layers
+    norms = hidden * (2 * model.num_layers + 1)
+
+    moe_layers = len(parse_layers(model.moe.layers, model.num_layers, "model.moe.layers"))
+    ffn = 3 * hidden * model.ffn_hidden_size * (model.num_layers - moe_layers)
+    moe = _moe_layer(model.moe, hidden, model.moe.num_experts) * moe_layers
+    moe_active = _moe_layer(model.moe, hidden, model.moe.top_k) * moe_layers
+
+    embedding_once = pad_vocabulary(model, vocab_size) * hidden
+    embedding = embedding_once if model.tie_embeddings else 2 * embedding_once
+
+    memory, pools = model.memory, plan_pools(model)
+    row = memory.value_dim + memory.pre_value_dim
+    tables = sum(pool.padded_rows * row for pool in pools)
+    memory_layers = sum(len(pool.layers) for pool in pools)
+    rows_read = memory.num_heads * memory.top_m * row * memory_layers
+    memory_dense = sum(len(pool.layers) * _memory_layer(memory, hidden, pool.keys_per_side) for pool in pools)
+    memory_own_keys = memory_layers * _memory_layer(memory, hidden, memory.num_keys)
+
+    common = attention + ffn + norms
+    return ParameterCounts(
+        total=common + moe + embedding + memory_dense + tables,
+        active=common + moe_active + embedding + memory_dense + rows_read,
+        tables=tables,
+        memory_dense=memory_dense,
+        attention=attention,
+        ffn=ffn,
+        moe=moe,
+        embedding=embedding,
+        norms=norms,
+        published=PublishedCounts(
+            active=common + moe_active + embedding_once + memory_own_keys + rows_read,
+            total=common + moe + memory_own_keys + _unpadded_tables(pools, row),
+        ),
+    )
+
+
+def _moe_layer(moe: MoEConfig, hidden: int, experts: int) -> int:
+    """Router of all experts, `experts` SwiGLU experts, and the shared expert."""
+    return hidden * (moe.num_experts + 3 * (experts * moe.ffn_hidden_size + moe.shared_expert_hidden_size))
+
+
+def _memory_layer(memory: MemoryConfig, hidden: int, keys_per_side: int) -> int:
+    """Parameters of one memory layer outside its pool."""
+    projections = hidden * (query_width(memory) + memory.pre_value_dim + memory.value_dim)
+    keys = 2 * memory.num_heads * keys_per_side * memory.tucker_rank * memory.key_dim
+    cores = memory.num_heads * memory.num_cores * memory.tucker_rank**2
+    gains = 2 * memory.key_dim
+    return projections + keys + cores + gains
+
+
+def _unpadded_tables(pools: list[Pool], row: int) -> int:
+    return sum(pool.rows * row for pool in pools)
