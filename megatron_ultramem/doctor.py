@@ -14,10 +14,9 @@ import platform as python_platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from rich.console import RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -41,13 +40,8 @@ def collect() -> list[Finding]:
     return [*_software(), *_optional_packages(), *_gpus(), *_host()]
 
 
-def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
-    """The findings as JSON-ready objects with the fields of `Finding`."""
-    return [asdict(finding) for finding in findings]
-
-
-def render(findings: list[Finding]) -> RenderableType:
-    """A rich table: name, what was found, what it changes."""
+def render(findings: list[Finding], console: Console | None = None) -> None:
+    """Prints a table: name, what was found, what it changes."""
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
     table.add_column("What", no_wrap=True)
@@ -63,7 +57,7 @@ def render(findings: list[Finding]) -> RenderableType:
             table.add_row("", Text(group, "bold cyan"))
         found = Text(finding.found, {OK: "", ABSENT: "dim", PROBLEM: "red"}[finding.status])
         table.add_row(marks[finding.status], Text(finding.name), found, Text(finding.effect))
-    return table
+    (console or Console()).print(table)
 
 
 def version_of(distribution: str) -> str | None:

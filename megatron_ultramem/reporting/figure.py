@@ -226,7 +226,9 @@ def _draw_health(axes: Axes, runs: Sequence[Run], name: str) -> None:
     if len(runs) == 1 and len(layers) > 1 and len(steps) > 1:
         _heat_map(axes, layers, steps, title)
         return
-    _style(axes, title + (", mean over layers" if len(layers) > 1 else ""), runs)
+    _style(axes, title, runs)
+    if any(len(run.health().get(name, {})) > 1 for run in runs):
+        axes.set_ylabel("mean over layers", fontsize=8.5, color=FAINT, labelpad=2)
     for run, color in zip(runs, _cycle(len(runs)), strict=True):
         mean = mean_over_layers(run.health().get(name, {}))
         axes.plot(mean.steps, mean.values, color=color, linewidth=1.5, marker="o", markersize=3)
@@ -282,8 +284,8 @@ def smoothed(series: Series) -> Series:
     if count < 100:
         return series
     reach = max(2, count // 100)
-    reaches = (min(reach, i, count - 1 - i) for i in range(count))  # smaller towards the ends: centred there too
-    windows = (series.values[i - near : i + near + 1] for i, near in enumerate(reaches))
+    # Near the start, where the loss falls fast, the window shrinks to stay centred; at the end it is cut off.
+    windows = (series.values[i - min(reach, i) : i + min(reach, i) + 1] for i in range(count))
     finite = ([value for value in window if math.isfinite(value)] for window in windows)
     return Series(series.steps, [statistics.median(window) if window else math.nan for window in finite])
 
