@@ -1,0 +1,139 @@
+"""`ultramem train|generate|config|doctor`: parses, calls, prints.
+
+Imports are inside the commands: `--help` must not wait for torch and Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ultramem.errors import CheckpointError, ConfigError, TrainingError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. A UserError becomes one line on stderr and exit code 2."""
+    from megatron_ultramem.quiet import quiet_dependencies
+
+    quiet_dependencies()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(arguments)
+    try:
+        if getattr(args, "ranks", None) and "RANK" not in os.environ:
+            from megatron_ultramem.launch import launch
+
+            return launch(args.ranks, arguments)
+        code: int | None = args.run(args)
+        return code or 0
+    except UserError as error:
+        # These are raised alike on every rank; one of them is enough to read.
+        alike = isinstance(error, (ConfigError, CheckpointError, TrainingError))
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not alike:
+            print(f"error{'' if alike else f' [rank {rank}]'}: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ultramem", description="Pretrains UltraMemV2 models on Megatron-Core.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    settings = "Settings are given as section.setting=value; `ultramem config` lists all of them with explanations."
+
+    train = commands.add_parser(
+        "train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains a model, or goes on where its last checkpoint left off.\n" + settings,
+        epilog="examples:\n"
+               "  ultramem train --config examples/configs/quickstart.yaml --ranks 2 train.steps=50\n"
+               "  torchrun --nproc-per-node 8 -m megatron_ultramem train --config my.yaml\n\n" + _sections())
+    _add_config(train)
+    _add_ranks(train)
+    train.set_defaults(run=_train)
+
+    generate = commands.add_parser("generate", help="continue prompts with a trained model",
+                                   description="Continues prompts with a trained model, streaming to the terminal.")
+    generate.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, folder of them, or run folder")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompts-file", type=Path, help="file with one prompt a line, continued as a batch")
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1)")
+    generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample within this probability mass (default 1)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    _add_ranks(generate)
+    generate.set_defaults(run=_generate)
+
+    config = commands.add_parser("config", help="print the resolved settings, each with an explanation",
+                                 description="Prints the resolved settings as YAML. " + settings)
+    _add_config(config)
+    config.set_defaults(run=_config)
+
+    doctor = commands.add_parser("doctor", help="what was found on this machine, and what it changes")
+    doctor.add_argument("--json", action="store_true", help="machine-readable output")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="settings on top of the file")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, help="start this many processes on this machine (else: torchrun's)")
+
+
+def _sections() -> str:
+    import dataclasses
+
+    from megatron_ultramem.config.schema import Config
+
+    lines = ["sections of settings:"]
+    for field in dataclasses.fields(Config):
+        names = ", ".join(inner.name for inner in dataclasses.fields(field.default_factory()))  # type: ignore[misc]
+        lines.append(f"  {field.name}: {field.metadata['help']} ({names})")
+    return "\n".join(lines)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from megatron_ultramem.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from megatron_ultramem.platform import prepare
+
+    prepare(config.train.device)
+    from megatron_ultramem.training.loop import train
+
+    train(config)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from megatron_ultramem.inference.command import run_generate
+
+    run_generate(args)
+
+
+def _config(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megatron_ultramem.config import load_config
+    from megatron_ultramem.config.describe import print_config
+
+    print_config(load_config(args.config, args.overrides), Console(highlight=False))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    import json
+
+    from megatron_ultramem.doctor import collect, render
+
+    findings = collect()
+    if args.json:
+        import dataclasses
+
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        render(findings)

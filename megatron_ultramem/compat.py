@@ -1,0 +1,84 @@
+"""The differences between the supported Megatron-Core versions (0.16.1 to 0.19), all in this file.
+
+Call `platform.prepare()` before importing it: it imports megatron.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+# Since 0.17 the `mlp` slot of a layer holds a callable builder; before, a ModuleSpec.
+BUILDERS = MCORE_VERSION >= (0, 17)
+
+
+def mlp_slot(module: type, **params: Any) -> Any:
+    """What the `mlp` field of TransformerLayerSubmodules takes to build `module(config=..., **params)`."""
+    return functools.partial(module, **params) if BUILDERS else ModuleSpec(module=module, params=params)
+
+
+def dense_mlp_slot(submodules: MLPSubmodules) -> Any:
+    """The `mlp` field for Megatron's dense MLP."""
+    if BUILDERS:
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)  # type: ignore[attr-defined]
+    return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def build_ffn(slot: Any, config: Any, pg_collection: ProcessGroupCollection, is_mtp_layer: bool) -> torch.nn.Module:
+    """Builds what an `mlp` field describes (Megatron's MLP or MoE layer) outside a TransformerLayer."""
+    if not isinstance(slot, ModuleSpec):
+        built: torch.nn.Module = slot(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        return built
+    groups = {"tp_group": pg_collection.tp} if slot.module is MLP else {"pg_collection": pg_collection}
+    module: torch.nn.Module = build_module(slot, config=config, **groups)
+    return module
+
+
+def install_adam_checkpoint_fix() -> None:
+    """Lets DistributedOptimizer save and load the state of torch.optim.AdamW, with which it steps where neither Apex
+    nor Transformer Engine brings an Adam of its own. Its checkpoint code expects theirs. Does nothing with those."""
+    import megatron.core.optimizer as mcore_optimizer
+
+    optimizer: Any = mcore_optimizer.DistributedOptimizer
+    if not mcore_optimizer.USING_PYTORCH_OPTIMIZER or hasattr(optimizer.sharded_state_dict, "knows_torch_adam"):
+        return
+    original_state_dict: Callable[..., Any] = optimizer.sharded_state_dict
+    original_set_states: Callable[..., None] = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original_state_dict)
+    def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        # AdamW creates its state in the first step; a fresh optimizer must have it before a checkpoint can fill it.
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return original_state_dict(self, model_state, is_loading, **kwargs)
+
+    @functools.wraps(original_set_states)
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        # AdamW keeps "step" beside the moments; checkpoints hold it once per group, so it is not among `tensors`.
+        group_index, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {"step": state["step"], **tensors}
+        with torch.no_grad():
+            original_set_states(self, model_param, tensors)
+
+    sharded_state_dict.knows_torch_adam = True  # type: ignore[attr-defined]
+    optimizer.sharded_state_dict = sharded_state_dict
+    optimizer._set_main_param_and_optimizer_states = set_states
+
+
+def separate_step_counters(optimizer: Any) -> None:
+    """Gives every parameter its own AdamW "step" after a checkpoint was loaded. Megatron restores one tensor for all of
+    them, and torch's AdamW, counting in place, would then count a step once for every parameter."""
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in chained.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

@@ -1,0 +1,185 @@
+"""Reads YAML files and `key=value` overrides into the configuration tree, refusing what it does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.validate import validate
+from megatron_ultramem.errors import ConfigError
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, check: bool = True) -> Config:
+    """The resolved configuration: defaults, then the YAML file, then `a.b=c` overrides in their order.
+
+    Raises ConfigError naming the setting, its value and what is legal: for unknown keys, wrong types, values out of
+    range and (unless `check` is false) illegal combinations. Needs neither a process group nor a device.
+    """
+    tree: Any = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree, check=check)
+
+
+def config_from_dict(tree: dict[str, Any], *, check: bool = True) -> Config:
+    """The configuration with the settings of a nested dict on top of the defaults; raises as `load_config`."""
+    _refuse_unknown(tree, Config, "")
+    schema = OmegaConf.structured(Config)
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.create(tree))
+        assert isinstance(merged, DictConfig)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        setting = getattr(error, "full_key", None) or "?"
+        reason = str(getattr(error, "msg", None) or error).splitlines()[0]
+        raise ConfigError(f"{setting} = {_lookup(tree, str(setting))!r}: {reason}; legal: {_legal(str(setting))}") from None
+    assert isinstance(config, Config)
+    _check_ranges(config)
+    if check:
+        validate(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The whole tree as plain dicts, lists and scalars (what `config.yaml` beside a checkpoint holds)."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved tree as YAML; `load_config(path)` gives an equal configuration."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, width=110))
+
+
+def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Every leaf setting of a (sub)tree as (dotted name, value, field)."""
+    for field in dataclasses.fields(node):
+        value, name = getattr(node, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, name + ".")
+        else:
+            yield name, value, field
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path}: not valid YAML ({str(error).replace(chr(10), ' ')})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path}: must hold a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: must have the form section.setting=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):  # YAML 1.1 reads 4e-4 as a string; a user means a number
+        try:
+            value = float(value) if any(c in value for c in "eE") else value
+        except ValueError:
+            value = text
+    node = tree
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section} is a setting, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:
+    """Raises for keys that the schema does not have, with the closest that it has; also repairs YAML's 4e-4 strings."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    for key, value in tree.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f"did you mean {prefix}{close[0]}? " if close else ""
+            raise ConfigError(f"{prefix}{key}: unknown setting; {hint}legal in {prefix.rstrip('.') or 'the top level'}: "
+                              + ", ".join(fields))
+        child = fields[key].default_factory
+        if isinstance(child, type) and dataclasses.is_dataclass(child):
+            if value is None:
+                tree[key] = {}
+            elif not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} = {value!r}: is a section; legal: a mapping of its settings")
+            else:
+                _refuse_unknown(value, child, f"{prefix}{key}.")
+        elif isinstance(value, str) and "float" in str(fields[key].type):
+            try:
+                tree[key] = float(value)
+            except ValueError:
+                raise ConfigError(f"{prefix}{key} = {value!r}: not a number") from None
+
+
+def _check_ranges(config: Config) -> None:
+    for name, value, field in walk(config):
+        if value is None or isinstance(value, (bool, list)):
+            continue
+        limits = field.metadata
+        bad = (
+            (limits["choices"] and value not in limits["choices"])
+            or (isinstance(value, float) and not math.isfinite(value))
+            or (limits["minimum"] is not None and value < limits["minimum"])
+            or (limits["maximum"] is not None and value > limits["maximum"])
+            or (limits["above"] is not None and value <= limits["above"])
+        )
+        if bad:
+            raise ConfigError(f"{name} = {value!r}: legal: {legal_values(field)}")
+
+
+def legal_values(field: dataclasses.Field[Any]) -> str:
+    """What a setting accepts, in words."""
+    limits = field.metadata
+    if limits["choices"]:
+        return ", ".join(limits["choices"])
+    text = str(field.type)
+    kind = "list" if text.startswith("list") else next(
+        (word for key, word in (("bool", "true or false"), ("int", "an integer"), ("float", "a number")) if key in text),
+        "a string")
+    if kind == "list":
+        kind = "a list of " + ("numbers" if "float" in text else "integers" if "int" in text else "strings")
+    if limits["above"] is not None:
+        kind += f" above {limits['above']}"
+    if limits["minimum"] is not None:
+        kind += f" of at least {limits['minimum']}"
+    if limits["maximum"] is not None:
+        kind += f" and at most {limits['maximum']}"
+    return kind + (" or null" if "Optional" in text else "")
+
+
+def _legal(name: str) -> str:
+    for setting, _, field in walk(Config()):
+        if setting == name or name.startswith(setting + "["):
+            return legal_values(field)
+    return "see `ultramem config`"
+
+
+def _lookup(tree: Any, name: str) -> Any:
+    for part in name.split("[")[0].split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return None
+        tree = tree[part]
+    return tree

@@ -1,0 +1,1 @@
+"""The transformer: Megatron's GPT model with memory layers, built per pipeline stage."""

@@ -1,0 +1,64 @@
+"""The block's `mlp` slot with a memory layer beside the FFN (UltraMemV2, figure 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_ultramem.compat import build_ffn
+from megatron_ultramem.memory.layer import UltraMemV2
+
+
+class FeedForwardWithMemory(MegatronModule):
+    """FFN(x) + memory(x): both read the normalised FFN input x and neither waits for the other.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        ffn: `mlp` field of a dense or MoE FFN without a fused norm: memory needs the normalised input too.
+        memory: builds this block's memory layer from the process groups.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        ffn: Any,
+        memory: Callable[[ProcessGroupCollection], UltraMemV2],
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        # Up to 0.17 Megatron gives process groups only to the classes it knows.
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.ffn = build_ffn(ffn, config, groups, is_mtp_layer)
+        self.memory = memory(groups)
+        for param in self.memory.parameters():
+            # Every tensor-parallel rank holds its own tokens: their gradients must be summed.
+            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's number of the layer, from 1; MoE layers want it."""
+        if hasattr(self.ffn, "set_layer_number"):
+            self.ffn.set_layer_number(layer_number)
+
+    def forward(
+        self, hidden_states: Tensor, *, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] (the rank's share of s under sequence parallelism) to ([s, b, h], bias or None)."""
+        ffn_SBH, bias = self.ffn(hidden_states)
+        return ffn_SBH + self.memory(hidden_states), bias
+
+    @property
+    def linear_fc1(self) -> torch.nn.Module | None:
+        """Megatron's FP8 recompute and fused inference look for it."""
+        return getattr(self.ffn, "linear_fc1", None)
+
+    @property
+    def linear_fc2(self) -> torch.nn.Module | None:
+        return getattr(self.ffn, "linear_fc2", None)

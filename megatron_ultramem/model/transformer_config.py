@@ -1,0 +1,100 @@
+"""Translates our settings into Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.memory.geometry import parse_layers
+from megatron_ultramem.platform import has_fused_weight_gradients, has_transformer_engine
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Parameters and activations."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def linear_std(config: Config) -> float:
+    """Standard deviation of linear weights: sqrt(2/(5h)) (UltraMemV2, appendix A) unless set."""
+    return config.model.init_std or math.sqrt(2.0 / (5.0 * config.model.hidden_size))
+
+
+def uses_sequence_parallel(config: Config) -> bool:
+    p = config.parallel
+    return p.tensor_parallel_size > 1 if p.sequence_parallel is None else p.sequence_parallel
+
+
+def transformer_config(config: Config, backend: str) -> TransformerConfig:
+    """Megatron's configuration of the decoder; `backend` is 'local' or 'transformer_engine'."""
+    m, p, moe = config.model, config.parallel, config.model.moe
+    dtype = dtype_of(config)
+    te = backend == "transformer_engine"
+    std = linear_std(config)
+    kwargs: dict[str, Any] = dict(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups or m.num_attention_heads,
+        kv_channels=m.head_dim or m.hidden_size // m.num_attention_heads,
+        ffn_hidden_size=m.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        qk_layernorm=m.qk_norm,
+        hidden_dropout=m.hidden_dropout,
+        attention_dropout=m.attention_dropout,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        init_method_std=std,
+        init_method=torch.nn.init.normal_,  # overwritten by model/initialize.py, which draws layout-independently
+        output_layer_init_method=torch.nn.init.normal_,
+        tensor_model_parallel_size=p.tensor_parallel_size,
+        sequence_parallel=uses_sequence_parallel(config),
+        pipeline_model_parallel_size=p.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline_stages if p.virtual_pipeline_stages > 1 else None,
+        context_parallel_size=p.context_parallel_size,
+        expert_model_parallel_size=p.expert_parallel_size,
+        expert_tensor_parallel_size=1,
+        overlap_p2p_comm=p.overlap_p2p,
+        batch_p2p_comm=not p.overlap_p2p,
+        deterministic_mode=config.train.deterministic,
+        # Counts of unmasked tokens differ between micro-batches only when something is masked.
+        calculate_per_token_loss=config.data.mask_eod_loss,
+        persist_layer_norm=te,
+        bias_activation_fusion=te,
+        bias_dropout_fusion=te,
+        masked_softmax_fusion=te,
+        gradient_accumulation_fusion=te and has_fused_weight_gradients(),
+        cross_entropy_loss_fusion=te,
+        apply_rope_fusion=te,
+    )
+    if config.train.recompute == "full":
+        kwargs.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif config.train.recompute == "selective":
+        kwargs.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    moe_layers = parse_layers(moe.layers, m.num_layers, "model.moe.layers")
+    if moe_layers:
+        grouped = has_transformer_engine() and te if moe.grouped_gemm is None else moe.grouped_gemm
+        kwargs.update(
+            num_moe_experts=moe.num_experts,
+            moe_layer_freq=[int(layer in moe_layers) for layer in range(m.num_layers)],
+            moe_router_topk=moe.top_k,
+            moe_ffn_hidden_size=moe.ffn_hidden_size,
+            moe_shared_expert_intermediate_size=moe.shared_expert_hidden_size or None,
+            moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
+            moe_aux_loss_coeff=moe.aux_loss_coeff,
+            moe_z_loss_coeff=moe.z_loss_coeff or None,
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type=moe.dispatcher,
+            moe_grouped_gemm=grouped,
+            moe_permute_fusion=te,
+        )
+    return TransformerConfig(**kwargs)

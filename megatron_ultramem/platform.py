@@ -1,0 +1,108 @@
+"""Device, backend and capability choice: CUDA with NCCL, or CPU with gloo; Transformer Engine found or not.
+
+Everything else asks this module and never torch.cuda, so that one code path serves laptops and GPUs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process computes."""
+
+    device: torch.device
+    backend: str  # of torch.distributed
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def prepare(device: str = "auto") -> Platform:
+    """Chooses the device and makes Megatron-Core runnable on it; call before megatron is imported.
+
+    Args:
+        device: auto, cpu or cuda (setting train.device). Under torchrun a CUDA process takes the GPU of its local rank.
+
+    Raises:
+        ConfigError: cuda was asked for and there is none, or there are fewer GPUs than local ranks.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("train.device = cuda: no CUDA device was found; legal here: cpu or auto")
+    if device == "cpu" and available:
+        raise ConfigError("train.device = cpu on a machine with a GPU: Megatron-Core would still use the GPU; hide it "
+                          "with CUDA_VISIBLE_DEVICES='' in the environment")
+    if available:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"LOCAL_RANK {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start at "
+                              "most one rank per GPU")
+        torch.cuda.set_device(local_rank)
+        return Platform(torch.device("cuda", local_rank), "nccl")
+    from megatron_ultramem import cpu_shim
+
+    cpu_shim.install()
+    return Platform(torch.device("cpu"), "gloo")
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed (it may still fail to import: see `ultramem doctor`)."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+@functools.cache
+def has_fused_weight_gradients() -> bool:
+    """Whether NVIDIA's Apex extension that adds weight gradients to main_grad inside the GEMM is installed."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def resolve_backend(config: Config, platform: Platform) -> str:
+    """The layer implementation: 'local' or 'transformer_engine'; raises ConfigError where it cannot be had."""
+    backend = config.model.backend
+    if backend == "auto":
+        backend = "transformer_engine" if platform.is_cuda and has_transformer_engine() else "local"
+    if backend == "transformer_engine" and not (platform.is_cuda and has_transformer_engine()):
+        missing = "Transformer Engine is not installed" if platform.is_cuda else "there is no GPU"
+        raise ConfigError(f"model.backend = transformer_engine: {missing}; legal here: local or auto")
+    if config.parallel.context_parallel_size > 1 and backend == "local":
+        raise ConfigError(f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "
+                          "Engine, which was not found; legal here: 1")
+    return backend
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on this process (Megatron's RNG tracker is seeded apart)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_deterministic() -> None:
+    """Only algorithms that give bitwise equal results from run to run; torch raises where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Filling fresh memory costs bandwidth and hides nothing here: every kernel writes its whole output.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def host_memory_gib() -> float:
+    """Resident memory of this process in GiB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**30

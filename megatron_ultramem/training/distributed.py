@@ -1,0 +1,57 @@
+"""Process groups: torch's, then Megatron's, from our settings."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.validate import validate_world
+from megatron_ultramem.platform import Platform
+
+
+def world_size_from_environment() -> int:
+    """Ranks that torchrun (or srun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize_distributed(config: Config, platform: Platform) -> None:
+    """Creates torch's default group (from torchrun's environment, or one rank alone) and Megatron's groups.
+
+    Raises ConfigError before any group exists if the layout does not fit the number of ranks.
+    """
+    world_size = world_size_from_environment()
+    validate_world(config, world_size)
+    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(
+            platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None)
+    else:
+        torch.distributed.init_process_group(
+            platform.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+    initialize_model_parallel(config)
+
+
+def initialize_model_parallel(config: Config) -> None:
+    """Megatron's groups and its RNG tracker, on top of torch's default group."""
+    p = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=p.tensor_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline_stages if p.virtual_pipeline_stages > 1 else None,
+        context_parallel_size=p.context_parallel_size,
+        expert_model_parallel_size=p.expert_parallel_size,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, round(p.timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+
+
+def destroy_distributed() -> None:
+    """Ends all groups; safe to call when there are none."""
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,185 @@
+"""The training loop: read `train`, then `train_step`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import num_microbatches_calculator as batch_size
+from megatron.core import parallel_state
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.errors import TrainingError
+from megatron_ultramem.model.build import refresh_memory
+from megatron_ultramem.planning.devices import peak_bf16_flops
+from megatron_ultramem.planning.flops import flops_per_token
+from megatron_ultramem.training.distributed import destroy_distributed
+from megatron_ultramem.training.memory_health import MemoryHealthProbe
+from megatron_ultramem.training.metrics import MetricsLogger
+from megatron_ultramem.training.progress import Progress
+from megatron_ultramem.training.setup import Run, set_up
+from megatron_ultramem.training.step import LossTotals, forward_backward
+from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
+
+Metrics = dict[str, float]
+
+
+def train(config: Config) -> None:
+    """Trains to `train.steps`, resuming where the last checkpoint left off. Call on every rank."""
+    try:
+        _train(set_up(config))
+    finally:
+        destroy_distributed()
+
+
+def _train(run: Run) -> None:
+    config, position = run.config, run.position
+    last_step = config.train.steps
+    if config.train.exit_after_steps is not None:
+        last_step = min(last_step, position.step + config.train.exit_after_steps)
+    logger = MetricsLogger(config, start_step=position.step, enabled=run.is_main)
+    progress = Progress(config.train.steps, position.step, enabled=run.is_main, live=config.logging.progress)
+    clock = _throughput(run)
+    probe = MemoryHealthProbe(run.model)
+    with progress:
+        progress.message(_opening(run))
+        while position.step < last_step:
+            step = position.step + 1
+            log_due = _due(step, config.logging.interval, last_step)
+            health_due = _due(step, config.logging.memory_health_interval)
+
+            clock.begin_step()
+            with probe.watch(health_due):
+                metrics = train_step(run)
+            clock.end_step(int(metrics["tokens_in_step"]))
+            run.checkpoints.finish()
+
+            if log_due:
+                metrics |= clock.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
+            if health_due:
+                clock.pause()
+                metrics |= _memory_health(probe)
+            if run.valid_data is not None and _due(step, config.train.eval_interval, last_step):
+                clock.pause()
+                metrics["valid_loss"] = evaluate(run)
+                progress.message(f"step {step}: validation loss {metrics['valid_loss']:.4f}")
+            if log_due or health_due or "valid_loss" in metrics:
+                logger.log(step, metrics)
+            progress.update(step, metrics if log_due else None)
+            if _due(step, config.checkpoint.interval, last_step):
+                clock.pause()
+                with _whole_parameters(run):
+                    progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
+        run.checkpoints.close()
+        logger.close()
+
+
+def train_step(run: Run) -> Metrics:
+    """One optimizer step; raises TrainingError, before anything is updated, if the loss is not finite."""
+    refresh_memory(run.model)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+
+    batch_size.update_num_microbatches(run.position.consumed_samples, consistency_check=True)
+    num_microbatches = batch_size.get_num_microbatches()
+    start = run.position.consumed_samples
+    totals = forward_backward(
+        run.config, run.megatron_config, run.chunks, lambda chunk: run.train_data[chunk].step(start, num_microbatches),
+        num_microbatches, run.platform.device)
+    loss_sum, tokens = totals.all_ranks.tolist()  # the one wait for the device in a step
+    if not math.isfinite(loss_sum):
+        _stop_for_loss(run, totals)
+
+    run.scheduler.step(1)
+    updated, grad_norm, _ = run.optimizer.step()
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        raise TrainingError(f"step {run.position.step + 1}: the gradient norm is {grad_norm} though the loss is finite; "
+                            f"last good checkpoint: {run.checkpoints.last_saved or 'none'}")
+
+    samples = batch_size.get_current_global_batch_size()
+    run.position.step += 1
+    run.position.consumed_samples += samples
+    run.position.consumed_tokens += samples * run.config.data.sequence_length
+    lr, value_lr = run.scheduler.learning_rates()
+    return {
+        "loss": loss_sum / max(tokens, 1.0),
+        "lr": lr,
+        "value_lr": value_lr,
+        "grad_norm": float(grad_norm) if grad_norm is not None else math.nan,
+        "skipped": 0.0 if updated else 1.0,
+        "tokens": float(run.position.consumed_tokens),
+        "tokens_in_step": float(samples * run.config.data.sequence_length),
+        "batch_size": float(samples),
+    }
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss per token in nats over the first eval_steps global batches of the validation split: always the same."""
+    assert run.valid_data is not None
+    data, config = run.valid_data, run.config
+    per_step = config.train.global_batch_size
+    num_microbatches = per_step // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+    totals = torch.zeros(2, dtype=torch.float64, device=run.platform.device)
+    with _whole_parameters(run):
+        for chunk in run.chunks:
+            chunk.eval()
+        for index in range(config.train.eval_steps):
+            start = index * per_step
+            totals += forward_backward(
+                config, run.megatron_config, run.chunks, lambda chunk, start=start: data[chunk].step(start, num_microbatches),
+                num_microbatches, run.platform.device, forward_only=True).all_ranks
+        for chunk in run.chunks:
+            chunk.train()
+    loss_sum, tokens = totals.tolist()
+    return float(loss_sum / max(tokens, 1.0))
+
+
+@contextmanager
+def _whole_parameters(run: Run) -> Iterator[None]:
+    """With overlapped parameter gathers, waits for them and keeps their hooks out of what is not a training step."""
+    overlapped = run.config.parallel.overlap_param_gather
+    for chunk in run.chunks if overlapped else ():
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in run.chunks if overlapped else ():
+        chunk.enable_forward_pre_hook()
+
+
+def _stop_for_loss(run: Run, totals: LossTotals) -> None:
+    """Raises the same TrainingError on every rank, naming those whose own loss is not finite."""
+    bad = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(bad, not math.isfinite(float(totals.this_rank[0])))
+    ranks = ", ".join(str(rank) for rank, is_bad in enumerate(bad) if is_bad) or "none alone, but in the sum"
+    raise TrainingError(
+        f"step {run.position.step + 1}: the loss is {float(totals.all_ranks[0])} (rank {ranks}); nothing was updated; "
+        f"last good checkpoint: {run.checkpoints.last_saved or 'none'}")
+
+
+def _memory_health(probe: MemoryHealthProbe) -> Metrics:
+    return probe.collect(
+        data_groups=[parallel_state.get_data_parallel_group(with_context_parallel=True),
+                     parallel_state.get_tensor_model_parallel_group()],
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def _due(step: int, interval: int, last_step: int | None = None) -> bool:
+    return step == last_step or bool(interval and step % interval == 0)
+
+
+def _throughput(run: Run) -> Throughput:
+    config, device = run.config, run.platform.device
+    flops = flops_per_token(config.model, run.checkpoints.vocab_size, config.data.sequence_length).training
+    peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if run.platform.is_cuda else None
+    return Throughput(flops_per_token=flops, devices=torch.distributed.get_world_size(), peak_flops=peak, device=device)
+
+
+def _opening(run: Run) -> str:
+    p = run.config.parallel
+    where = f"resuming after step {run.position.step}" if run.position.step else "starting"
+    return (f"{where} in {run.config.train.run_dir}: {torch.distributed.get_world_size()} ranks on "
+            f"{run.platform.device.type} (TP {p.tensor_parallel_size}, PP {p.pipeline_parallel_size}, DP "
+            f"{parallel_state.get_data_parallel_world_size()}), {run.config.train.precision}")

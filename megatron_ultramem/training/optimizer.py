@@ -1,0 +1,157 @@
+"""Megatron's DDP, optimizer and scheduler, with the value tables' own learning rate and weight decay."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamPredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ultramem.compat import install_adam_checkpoint_fix
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.memory.layer import UltraMemV2
+from megatron_ultramem.model.build import memory_layers, value_pools
+from megatron_ultramem.model.transformer_config import dtype_of
+
+
+def wrap_chunks(
+    config: Config, megatron_config: TransformerConfig, chunks: list[GPTModel]
+) -> list[DistributedDataParallel]:
+    """Wraps the chunks in Megatron's precision module and DDP, and tells the pools where their gradients are due."""
+    p = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=p.distributed_optimizer,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_param_gather=p.overlap_param_gather,
+        grad_reduce_in_fp32=True,
+        bucket_size=p.bucket_size,
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        module: torch.nn.Module = Float16Module(megatron_config, chunk) if megatron_config.bf16 else chunk
+        ddp = DistributedDataParallel(megatron_config, ddp_config, module, disable_bucketing=number > 0)
+        for pool in value_pools([chunk]):
+            pool.grad_ready = _GradReady(ddp)
+        for layer in memory_layers([chunk]):
+            layer.register_forward_pre_hook(partial(_await_parameters, ddp))
+        wrapped.append(ddp)
+    return wrapped
+
+
+class _GradReady:
+    """Tells DDP that a table's gradient is complete in main_grad.
+
+    Autograd never sees a gradient of a table (it would be a dense tensor of the table's size), so DDP's own hook does
+    not fire for it.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.ddp = ddp
+
+    def __call__(self, param: torch.nn.Parameter) -> None:
+        if self.ddp.ddp_config.overlap_grad_reduce:
+            self.ddp.param_to_bucket_group[param].register_grad_ready(param, self.ddp.force_all_reduce)
+
+
+def _await_parameters(ddp: DistributedDataParallel, layer: UltraMemV2, _: Any) -> None:
+    """With overlapped parameter gathers: waits for the parameters that a memory layer uses without calling the module
+    that owns them (DDP hooks into calls), its pool's tables above all. Outside training steps DDP's hooks are off."""
+    if not ddp.ddp_config.overlap_param_gather or not ddp.remove_forward_pre_hook_handles:
+        return
+    for module in (layer.retrieval, layer.table):
+        for param in module.parameters(recurse=False):
+            ddp.param_to_bucket_group[param].finish_param_sync()
+
+
+def build_optimizer(
+    config: Config, chunks: list[DistributedDataParallel]
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's AdamW over the wrapped chunks, and the schedule that sets its learning rates."""
+    install_adam_checkpoint_fix()
+    o, bf16 = config.optimizer, config.train.precision == "bf16"
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.lr * config.schedule.min_lr_ratio,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=bf16,
+        params_dtype=dtype_of(config),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(optimizer_config))
+    value_decay = o.weight_decay if o.value_weight_decay is None else o.value_weight_decay
+    tables = ParamPredicate(name="value_table", fn=lambda param: getattr(param, "is_value_table", False))
+    overrides[ParamKey(predicate=tables)] = {
+        # Megatron tells parameter groups apart by this flag (and others) when it loads a checkpoint.
+        "is_decoupled_lr": True,
+        "start_wd": value_decay,
+        "end_wd": value_decay,
+    }
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
+    return optimizer, _build_scheduler(config, optimizer)
+
+
+class Scheduler(OptimizerParamScheduler):
+    """Megatron's schedule, counted in optimizer steps; value tables get a decaying multiple of it.
+
+    The multiplier is 1 + (times - 1) * max(0, 1 - step / (max_steps * rate)) (UltraMemV2, section 4.2.9).
+    """
+
+    def __init__(self, *args: Any, value_lr_times: float, value_lr_steps: float, **kwargs: Any) -> None:
+        self.value_lr_times, self.value_lr_steps = value_lr_times, value_lr_steps
+        super().__init__(*args, **kwargs)
+
+    def value_multiplier(self) -> float:
+        return 1.0 + (self.value_lr_times - 1.0) * max(0.0, 1.0 - self.num_steps / self.value_lr_steps)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        lr: float = super().get_lr(param_group)
+        return lr * self.value_multiplier() if param_group.get("is_decoupled_lr") else lr
+
+    def learning_rates(self) -> tuple[float, float]:
+        """Those of ordinary parameters and of value tables at this step."""
+        lr: float = super().get_lr({})
+        return lr, lr * self.value_multiplier()
+
+
+def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> Scheduler:
+    o, s = config.optimizer, config.schedule
+    decay_steps = s.decay_steps or config.train.steps
+    return Scheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.lr * s.min_lr_ratio,
+        lr_warmup_steps=s.warmup_steps,
+        # Megatron wants more decay than warm-up even where the schedule is constant.
+        lr_decay_steps=max(decay_steps, s.warmup_steps + 1),
+        lr_decay_style="WSD" if s.kind == "wsd" else s.kind,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=s.wsd_decay_steps or max(1, decay_steps // 10),
+        lr_wsd_decay_style=s.wsd_decay_shape,
+        value_lr_times=o.value_lr_times,
+        value_lr_steps=config.train.steps * o.value_lr_rate,
+    )

@@ -1,0 +1,45 @@
+"""Packaging: the library `megatron_ultramem` and the stand-alone kernels `ultramem_kernels`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+
+setup(
+    name="megatron-ultramem",
+    version=VERSION,
+    description="Pretraining of UltraMemV2 sparse-memory language models on Megatron-Core",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # `kernels/` is a folder, not a package: `kernels` is the name of a Hugging Face package that transformers looks for.
+    packages=find_packages(include=["megatron_ultramem", "megatron_ultramem.*"])
+    + find_packages("kernels", include=["ultramem_kernels", "ultramem_kernels.*"]),
+    package_dir={"megatron_ultramem": "megatron_ultramem", "ultramem_kernels": "kernels/ultramem_kernels"},
+    package_data={"ultramem_kernels": ["*.cu", "*.cpp", "*.md"]},
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "omegaconf>=2.3",
+        "pyyaml",
+        "rich",
+        "psutil",  # megatron's checkpoint writer hangs without it
+        "tqdm",  # imported by megatron's datasets
+        "matplotlib",
+        "tensorboard",
+        "regex",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.20", "triton>=3.6"],
+        "tokenizers": ["tokenizers", "sentencepiece", "tiktoken"],
+        "hf": ["transformers>=5", "safetensors", "tokenizers"],
+        "wandb": ["wandb"],
+        "deepspeed": ["deepspeed"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil", "triton",
+                "tokenizers", "sentencepiece", "tiktoken", "wandb"],
+    },
+    entry_points={"console_scripts": ["ultramem = megatron_ultramem.cli:main"]},
+)
