@@ -159,7 +159,7 @@ def monte_carlo_gain(
     (n=1138) and -0.323 (n=528, Dk=512, m=128), where the reference has -0.34, -0.353 and -0.325; scoring by the sum
     of the cores gives -0.374, -0.387 and -0.351. Every simulated token has cores of its own: the spread between cores
     is larger than that between tokens. A score is proportional to gain^4, so one simulation at gain 1 is enough.
-    Raises ConfigError if the mean score is not positive, which no gain can put right.
+    Raises ConfigError if the mean score is not clearly positive, which no gain can put right.
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = tucker_rank if query_per_rank else 1
@@ -180,7 +180,7 @@ def monte_carlo_gain(
     scores_TMC = torch.einsum("tma,tcab,tmb->tmc", row_TMR, cores_TCRR, column_TMR).double()
 
     mean = scores_TMC.mean().item()
-    if mean <= 0:
+    if mean < 0.1 * scores_TMC.square().mean().sqrt().item():  # within the noise of the simulation, or negative
         raise ConfigError(
             f"model.memory.top_m={top_m} takes nearly all of the {keys_per_side**2} rows of a layer, so that no gain "
             "makes the mean score 1 (model.memory.init=paper); legal: a smaller top_m, or init=released"

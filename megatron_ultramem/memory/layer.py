@@ -132,7 +132,7 @@ class UltraMemV2(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Draws every parameter of this layer (not the pool's) from the seed and the layer's number."""
         for name, param in self.named_parameters():
-            fill_(param, param.initializer, seed, f"layers.{self.layer}.memory.{name}")
+            fill_(param, param.initializer, seed, f"layers.{self.layer}.memory.{name}")  # type: ignore[attr-defined]
         self.retrieval.u.zero_()  # a new start has no sign to keep
         self.retrieval.t.zero_()
         self.refresh()

@@ -65,7 +65,7 @@ class ValuePool(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Draws both tables; the numbers depend on the seed and the number of the pool."""
         for name, table in self.named_parameters():
-            fill_(table, table.initializer, seed, f"pools.{self.pool.index}.{name}")
+            fill_(table, table.initializer, seed, f"pools.{self.pool.index}.{name}")  # type: ignore[attr-defined]
 
     def lookup(self, indices_TM: torch.Tensor, scores_TMC: torch.Tensor, pre_input_TD: torch.Tensor) -> torch.Tensor:
         """Pooled values [T, Dv] of physical rows `indices_TM`; see `memory.lookup`."""
