@@ -104,19 +104,20 @@ def preprocess(
     workers: int = 1,
     strict: bool = False,
     overwrite: bool = False,
+    block_bytes: int = 1 << 20,
     on_progress: Callable[[Totals], None] | None = None,
 ) -> Totals:
     """Tokenises `files` (see corpus.collect_files) into `prefix`.bin, .idx and .json.
 
-    The files are the same bit by bit whatever `workers` is. Empty documents are left out; documents that are not
+    The files are the same bit by bit whatever `workers` and `block_bytes` (one work item) are. Empty documents are left out; documents that are not
     UTF-8 or not JSON are skipped and counted, or with `strict` end the run.
 
     Raises DataError for bad input, output that exists (without `overwrite`), or another run on the same prefix.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     _check_output(files, prefix, overwrite)
     tokenizer_object = build_tokenizer(tokenizer)
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
     dtype = DType.optimal_dtype(tokenizer_object.vocab_size)
     encoder_arguments = (np.dtype(dtype).name, json_key, strict)
     totals = Totals()
@@ -124,9 +125,9 @@ def preprocess(
         started = time.monotonic()
         builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=dtype)
         if workers > 1:
-            results = _encode_parallel(blocks(files), tokenizer, encoder_arguments, workers)
+            results = _encode_parallel(blocks(files, block_bytes), tokenizer, encoder_arguments, workers)
         else:
-            results = map(BlockEncoder(tokenizer_object, *encoder_arguments), blocks(files))
+            results = map(BlockEncoder(tokenizer_object, *encoder_arguments), blocks(files, block_bytes))
         for encoded in results:
             for document in np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else ():
                 builder.add_document(document, [len(document)])
