@@ -16,7 +16,7 @@ from megatron_ultramem.reporting.runs import Run, Series, format_count
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 INK, FAINT = "#1f2937", "#6b7280"
 # Sizes in inches.
-WIDTH, LEFT, RIGHT = 13.0, 0.75, 0.35
+WIDTH, LEFT, RIGHT = 13.0, 0.75, 0.5
 LOSS_HEIGHT, PANEL_HEIGHT, GAP, PANEL_SPACE = 3.6, 2.1, 0.85, 0.75
 COLUMNS = 3
 
@@ -256,6 +256,7 @@ def _heat_map(axes: Axes, layers: dict[int, Series], steps: list[int], title: st
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=FAINT, labelsize=8, length=2)
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
 def _layer_ticks(layers: list[int]) -> tuple[list[int], list[str]]:

@@ -91,11 +91,30 @@ def _parse(text: str, path: Path) -> dict[str, Series]:
 
 
 def _read_config(run_dir: Path) -> Config | None:
-    """The run's config; None when there is none, or when another version wrote one that this one cannot read."""
-    try:
-        return load_config(run_dir / "config.yaml", check=False)
-    except ConfigError:
-        return None
+    """The run's config: from its folder, or else from its newest checkpoint, which also knows the vocabulary.
+
+    None when there is none, or when another version wrote one that this one cannot read.
+    """
+    checkpoints = sorted(run_dir.glob("checkpoints/*/config.yaml"), reverse=True)
+    for path in [run_dir / "config.yaml", *checkpoints]:
+        try:
+            config = load_config(path, check=False)
+        except ConfigError:
+            continue
+        if config.model.vocab_size is None:
+            config.model.vocab_size = _vocabulary(checkpoints)
+        return config
+    return None
+
+
+def _vocabulary(checkpoints: list[Path]) -> int | None:
+    """The tokenizer's vocabulary as recorded in run.json beside a checkpoint's config; None where that is missing."""
+    for path in checkpoints:
+        try:
+            return int(json.loads(path.with_name("run.json").read_text())["vocab_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def _read_baselines(path: Path) -> dict[str, float]:

@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 
@@ -39,13 +40,19 @@ class Progress:
         self._bar: RichProgress | None = None
         if enabled and live and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = RichProgress(
-                TextColumn("[bold]train"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}", markup=False),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
+                # Takes what is left: in a narrow terminal the metrics are cut off, never broken into lines.
+                TextColumn(
+                    "{task.fields[status]}",
+                    markup=False,
+                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                ),
+                TextColumn("{task.fields[eta]}", markup=False, table_column=Column(no_wrap=True)),
                 console=self._console,
+                expand=True,
             )
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="", eta="")
 
     def __enter__(self) -> Progress:
         self._began = self._clock()
@@ -67,14 +74,11 @@ class Progress:
             self._bar.update(self._task, completed=step)
         if not values:
             return
-        status = format_status(values)
-        eta = self._eta_seconds(step, values)
-        if eta is not None and step < self._total:
-            status = f"{status} | ETA {format_duration(eta)}" if status else f"ETA {format_duration(eta)}"
+        status, eta = format_status(values), self._eta(step, values)
         if self._bar:
-            self._bar.update(self._task, status=status)
+            self._bar.update(self._task, status=status, eta=eta)
         else:
-            self._print(f"step {step}/{self._total} | {status}")
+            self._print(" | ".join(part for part in (f"step {step}/{self._total}", status, eta) if part))
 
     def message(self, text: str) -> None:
         """Prints `text` as it is (no markup), above the bar."""
@@ -85,14 +89,14 @@ class Progress:
         # Text and soft_wrap: no markup, no colours guessed into numbers, and no line broken at 80 columns in log files.
         self._console.print(Text(text), soft_wrap=True)
 
-    def _eta_seconds(self, step: int, values: Mapping[str, float]) -> float | None:
-        """From the measured step time where there is one, else from the wall clock of this launch."""
+    def _eta(self, step: int, values: Mapping[str, float]) -> str:
+        """From the measured step time where there is one, else from the wall clock of this launch; "" at the end."""
         step_time = values.get("step_time_s")
-        if step_time is None:
-            if step <= self._start:
-                return None
+        if step_time is None and step > self._start:
             step_time = (self._clock() - self._began) / (step - self._start)
-        return step_time * (self._total - step)
+        if step_time is None or step >= self._total:
+            return ""
+        return f"ETA {format_duration(step_time * (self._total - step))}"
 
 
 _FIELDS: tuple[tuple[str, str], ...] = (
@@ -101,7 +105,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     ("lr", "lr {:.2e}"),
     ("grad_norm", "grad {:.2f}"),
     ("tokens_per_s", "{:,.0f} tok/s"),
-    ("tflops_per_gpu", "{:.3g} TFLOP/s"),
+    ("tflops_per_gpu", "{:.0f} TFLOP/s"),
     ("mfu", "MFU {:.1%}"),
     ("memory_gib", "{:.1f} GiB"),
     ("skipped", "skipped {:.0f}"),
@@ -111,7 +115,13 @@ _FIELDS: tuple[tuple[str, str], ...] = (
 def format_status(values: Mapping[str, float]) -> str:
     """`loss 2.3120 | lr 4.00e-04 | ...` for the known metrics among `values`; "skipped" only when it is not 0."""
     shown = [(name, form) for name, form in _FIELDS if name in values and (name != "skipped" or values[name])]
-    return " | ".join(form.format(values[name]) for name, form in shown)
+    return " | ".join(_format(name, form, values[name]) for name, form in shown)
+
+
+def _format(name: str, form: str, value: float) -> str:
+    if name == "tflops_per_gpu" and value < 1:  # CPUs
+        return f"{1e3 * value:.1f} GFLOP/s"
+    return form.format(value)
 
 
 def format_duration(seconds: float) -> str:

@@ -39,6 +39,15 @@ def test_a_live_bar_is_drawn_in_a_terminal_and_messages_stay_above_it():
     assert "10/100" in last_frame and "loss 2.3126" in last_frame and "ETA 3m00s" in last_frame
 
 
+def test_in_a_narrow_terminal_the_bar_stays_on_one_line_with_count_and_eta():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=70, color_system=None)
+    with Progress(20000, 0, True, console=console) as progress:
+        progress.update(1234, VALUES)
+    last = [line for line in out.getvalue().splitlines() if "1234/20000" in line][-1]
+    assert "loss 2.3126" in last and "ETA 10h25m" in last
+
+
 def test_live_false_gives_plain_lines_even_in_a_terminal():
     progress, out = shown(terminal=True, live=False)
     with progress:
@@ -80,8 +89,8 @@ def test_the_last_step_has_no_eta_and_skipped_steps_show_only_when_there_are_som
     assert format_status({"skipped": 2}) == "skipped 2"
 
 
-def test_mfu_is_left_out_where_it_is_unknown():
-    assert "MFU" not in format_status({"loss": 1.0, "tflops_per_gpu": 0.01})
+def test_a_slow_device_without_a_known_peak_shows_gflops_and_no_mfu():
+    assert format_status({"loss": 1.0, "tflops_per_gpu": 0.0223}) == "loss 1.0000 | 22.3 GFLOP/s"
 
 
 @pytest.mark.parametrize(

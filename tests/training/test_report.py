@@ -95,6 +95,19 @@ def test_a_config_of_another_version_costs_only_the_header(tmp_path):
     assert run.config is None and run.describe() == []
 
 
+def test_without_a_config_in_the_run_folder_the_newest_checkpoint_tells_settings_and_vocabulary(tmp_path):
+    folder = write_run(tmp_path / "run", config=False)
+    for step, layers in ((10, 3), (20, 4)):
+        checkpoint = folder / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        settings = Config()
+        settings.model.num_layers = layers
+        save_config(settings, checkpoint / "config.yaml")
+        (checkpoint / "run.json").write_text('{"vocab_size": 257}')
+    config = load_run(folder).config
+    assert (config.model.num_layers, config.model.vocab_size) == (4, 257)
+
+
 def test_the_header_tells_parameters_and_layout(tmp_path):
     config = load_run(write_run(tmp_path / "run")).config
     assert "20 layers × 768" in describe_model(config)
