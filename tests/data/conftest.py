@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
+from corpus_helpers import WritePair
 
 from megatron_ultramem.config.schema import Config, TokenizerConfig
 from megatron_ultramem.training.preprocess import preprocess
@@ -80,9 +80,6 @@ def tokenizer_config(request: pytest.FixtureRequest) -> TokenizerConfig:
     return TokenizerConfig(kind=kind, path=path)
 
 
-WritePair = Callable[[str, Sequence[str]], str]
-
-
 @pytest.fixture
 def write_pair(tmp_path: Path) -> WritePair:
     """write_pair(name, documents): a .bin/.idx/.json of byte tokens; returns its prefix."""
@@ -98,13 +95,6 @@ def write_pair(tmp_path: Path) -> WritePair:
         return str(tmp_path / name)
 
     return write
-
-
-def random_documents(count: int, seed: int = 0, alphabet: str = "abcdefghij \n") -> list[str]:
-    """Documents of 20 to 120 characters, no two alike."""
-    generator = np.random.default_rng(seed)
-    letters = np.array(list(alphabet))
-    return [f"{i}:" + "".join(generator.choice(letters, generator.integers(20, 120))) for i in range(count)]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WritePair, random_documents
+from corpus_helpers import WritePair, random_documents
 
 from megatron_ultramem.config.schema import Config, TokenizerConfig
 from megatron_ultramem.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import WritePair, random_documents
+from corpus_helpers import WritePair, random_documents
 
 from megatron_ultramem.config.schema import Config, TokenizerConfig
 from megatron_ultramem.training.data import Datasets, build_datasets, sample_counts

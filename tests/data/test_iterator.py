@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WritePair, random_documents
+from corpus_helpers import WritePair, random_documents
 from torch import Tensor
 
 from megatron_ultramem.config.schema import Config, TokenizerConfig
@@ -86,7 +86,7 @@ def test_resuming_anywhere_continues_the_stream(dataset: Any, stop: int, num_wor
 
 
 def test_resuming_with_another_layout_continues_the_stream(dataset: Any) -> None:
-    """Global batches of 16: two steps on 1 rank with micro-batches of 4, then two on 4 ranks with micro-batches of 2."""
+    """Global batches of 16: two steps on 1 rank with micro-batches of 4, then two on 4 ranks with ones of 2."""
     seen = [batch["tokens"] for step in range(2) for batch in BatchIterator(dataset, 4, 0, 1).step(step * 16, 4)]
     ranks = [BatchIterator(dataset, 2, rank, 4) for rank in range(4)]
     for step in range(2, 4):

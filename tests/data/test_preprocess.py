@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_documents
+from corpus_helpers import random_documents
 
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.errors import DataError
