@@ -109,8 +109,8 @@ def preprocess(
 ) -> Totals:
     """Tokenises `files` (see corpus.collect_files) into `prefix`.bin, .idx and .json.
 
-    The files are the same bit by bit whatever `workers` and `block_bytes` (one work item) are. Empty documents are left out; documents that are not
-    UTF-8 or not JSON are skipped and counted, or with `strict` end the run.
+    The files are the same bit by bit whatever `workers` and `block_bytes` (of one work item) are. Empty documents are
+    left out; documents that are not UTF-8 or not JSON are skipped and counted, or with `strict` end the run.
 
     Raises DataError for bad input, output that exists (without `overwrite`), or another run on the same prefix.
     """
