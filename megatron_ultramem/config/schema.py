@@ -141,7 +141,7 @@ class TokenizerConfig:
                         choices=("byte", "huggingface", "sentencepiece", "tiktoken"))
     path: Optional[str] = setting(None, "Tokenizer file; not for byte.")
     eod_token: Optional[str] = setting(None, "Name of the end-of-document token; null: found by the usual names.")
-    pattern: Optional[str] = setting(None, "Regular expression that cuts text before merging (tiktoken rank file only); "
+    pattern: Optional[str] = setting(None, "Regex that cuts text before merging (tiktoken rank files only); "
                                      "null: that of cl100k_base.")
 
 
