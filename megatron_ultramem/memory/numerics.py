@@ -19,5 +19,5 @@ def bmm_accumulated(a_BXY: torch.Tensor, b_BYZ: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_per_chunk(elements_per_token: int, is_cuda: bool) -> int:
-    """Tokens whose temporaries together stay near 64 Mi elements on a GPU, 4 Mi on a CPU; at least one."""
-    return max(1, ((1 << 26) if is_cuda else (1 << 22)) // max(1, elements_per_token))
+    """Tokens whose temporaries together stay near 64 Mi elements on a GPU, 1 Mi on a CPU (its caches); at least one."""
+    return max(1, ((1 << 26) if is_cuda else (1 << 20)) // max(1, elements_per_token))

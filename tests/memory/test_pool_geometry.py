@@ -80,10 +80,9 @@ def test_227m_has_the_published_number_of_table_parameters() -> None:
 
 
 def test_keys_per_side_are_exact_where_floating_point_is_not() -> None:
-    (pool,) = plan_pools(
-        ModelConfig(num_layers=4, memory=MemoryConfig(num_keys=94906267, sharing="block", share_size=4))
-    )
-    assert pool.keys_per_side == 2 * 94906267  # int(sqrt(4 * n * n)) of floats misses it
+    n, y = 93222358, 131836323  # 2*n*n = y*y - 1, which floating point rounds to y*y
+    (pool,) = plan_pools(ModelConfig(num_layers=2, memory=MemoryConfig(num_keys=n, sharing="block", share_size=2)))
+    assert pool.keys_per_side == y - 1
 
 
 def test_rows_are_padded_to_the_multiple() -> None:
