@@ -1,0 +1,64 @@
+"""What Megatron's DDP and memory layers must tell each other.
+
+DDP learns from autograd when a gradient is ready, and from module calls when a gathered parameter is needed. Neither
+works for value tables: autograd never sees their gradient (it would be a dense tensor of the table's size), and layers
+use a table without calling the module that owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+
+from megatron_ultramem.memory.layer import UltraMemV2
+from megatron_ultramem.memory.retrieval import refresh_all
+from megatron_ultramem.model.build import memory_layers, value_pools
+
+
+class MemoryHooks:
+    """Connects the memory layers and pools of one model chunk with the chunk's DDP."""
+
+    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel) -> None:
+        self.ddp = ddp
+        self.layers = memory_layers([chunk])
+        self._stale: set[int] = set()
+        for pool in value_pools([chunk]):
+            pool.grad_ready = self._grad_ready
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._before_forward)
+
+    def begin_step(self) -> None:
+        """Recomputes what the layers derive from their parameters once per optimizer step.
+
+        While parameters are still being gathered a layer does so when it is first called, not to wait for all of them
+        here.
+        """
+        if self.ddp.ddp_config.overlap_param_gather:
+            self._stale = {layer.layer for layer in self.layers}
+        else:
+            refresh_all([layer.retrieval for layer in self.layers])
+
+    def _grad_ready(self, param: torch.nn.Parameter) -> None:
+        """The gradient of a table is complete in main_grad."""
+        if self.ddp.ddp_config.overlap_grad_reduce:
+            self.ddp.param_to_bucket_group[param].register_grad_ready(param, self.ddp.force_all_reduce)
+
+    def _before_forward(self, layer: UltraMemV2, _: Any) -> None:
+        # Outside training steps (evaluation, saving) parameters are whole and DDP's own hooks are off.
+        if self.ddp.ddp_config.overlap_param_gather and self.ddp.remove_forward_pre_hook_handles:
+            for module in (layer.retrieval, layer.table):
+                for param in module.parameters(recurse=False):
+                    self.ddp.param_to_bucket_group[param].finish_param_sync()
+            if layer.layer in self._stale:
+                self._stale.remove(layer.layer)
+                layer.refresh()
+
+
+def begin_step(hooks: Sequence[MemoryHooks]) -> None:
+    """`MemoryHooks.begin_step` for every chunk of a rank."""
+    for chunk in hooks:
+        chunk.begin_step()
