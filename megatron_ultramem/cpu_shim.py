@@ -41,8 +41,12 @@ def install() -> None:
     """Patches torch.cuda and two names of Megatron-Core; does nothing where CUDA is available or when called again."""
     if torch.cuda.is_available() or torch.cuda.Stream is CpuStream:
         return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron decorates functions with torch.compile on import
-    # Importing these first brings in torch._dynamo, which insists on the original torch.cuda functions.
+    # Megatron decorates functions with torch.compile; torch._dynamo insists on the original torch.cuda functions, so it
+    # is imported before they are replaced, and kept from compiling.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves two seconds of imports where it comes early enough
+    from torch._dynamo import config as dynamo
+
+    dynamo.disable = True
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     _redirect_streams()
@@ -57,8 +61,18 @@ def install() -> None:
 def _redirect_streams() -> None:
     cuda: Any = torch.cuda
     for name in ("current_device", "set_device", "synchronize", "stream", "current_stream"):
-        setattr(cuda, name, getattr(torch.cpu, name))
-    cuda.Stream, cuda.Event, cuda.default_stream = CpuStream, CpuEvent, torch.cpu.current_stream
+        setattr(cuda, name, _own_copy(getattr(torch.cpu, name)))
+    cuda.Stream, cuda.Event, cuda.default_stream = CpuStream, CpuEvent, _own_copy(torch.cpu.current_stream)
+
+
+def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch._dynamo does not want to meet one function under two names."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _redirect_rng() -> None:

@@ -8,12 +8,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import stage_of_layer
 from megatron_ultramem.memory.geometry import plan_pools
 from megatron_ultramem.memory.layer import UltraMemV2
+from megatron_ultramem.memory.retrieval import refresh_all
 from megatron_ultramem.memory.tables import ValuePool
 from megatron_ultramem.model.initialize import initialize
 from megatron_ultramem.model.pools import PoolBank
@@ -42,7 +44,7 @@ def build_chunks(
     chunks = [_build_chunk(config, megatron_config, stage, vocab_size, backend, device)
               for stage in range(config.parallel.virtual_pipeline_stages)]
     initialize(chunks, config.train.seed, linear_std(config))
-    refresh_memory(chunks)
+    refresh_all(layer.retrieval for layer in memory_layers(chunks))
     return megatron_config, chunks
 
 
@@ -54,12 +56,6 @@ def memory_layers(chunks: list[GPTModel]) -> list[UltraMemV2]:
 def value_pools(chunks: list[GPTModel]) -> list[ValuePool]:
     """The value pools on this rank."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, ValuePool)]
-
-
-def refresh_memory(chunks: list[GPTModel]) -> None:
-    """Recomputes what memory layers derive from their parameters once per optimizer step."""
-    for layer in memory_layers(chunks):
-        layer.refresh()
 
 
 def _build_chunk(
@@ -98,8 +94,15 @@ def _build_chunk(
 
 
 def _mark_expert_parameters(model: torch.nn.Module) -> None:
-    """Megatron 0.16 counts an expert in the gradient norm on tensor-parallel rank 0 alone, though with expert tensor
-    parallelism of 1 the ranks hold different experts (or shards of their optimizer state)."""
-    for param in model.parameters():
-        if not getattr(param, "allreduce", True):
-            param.tensor_model_parallel = True  # type: ignore[attr-defined]
+    """Puts experts into Megatron's expert buffers whatever the expert parallelism is, and into the gradient norm.
+
+    Without expert parallelism Megatron takes experts for ordinary parameters; under tensor parallelism with expert
+    tensor parallelism of 1 their gradients would then never be summed over the tensor-parallel ranks, which hold
+    different tokens. And 0.16 counts an expert in the norm on tensor-parallel rank 0 alone, though the ranks hold
+    different experts (or shards of their optimizer state).
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for param in module.experts.parameters():
+                param.allreduce = False
+                param.tensor_model_parallel = True

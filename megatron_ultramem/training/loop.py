@@ -12,11 +12,11 @@ from megatron.core import parallel_state
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import TrainingError
-from megatron_ultramem.model.build import refresh_memory
 from megatron_ultramem.planning.devices import peak_bf16_flops
 from megatron_ultramem.planning.flops import flops_per_token
 from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
+from megatron_ultramem.training.memory_hooks import begin_step
 from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.progress import Progress
 from megatron_ultramem.training.setup import Run, set_up
@@ -78,7 +78,7 @@ def _train(run: Run) -> None:
 
 def train_step(run: Run) -> Metrics:
     """One optimizer step; raises TrainingError, before anything is updated, if the loss is not finite."""
-    refresh_memory(run.model)
+    begin_step(run.memory_hooks)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +21,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.compat import install_adam_checkpoint_fix
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.memory.layer import UltraMemV2
-from megatron_ultramem.model.build import memory_layers, value_pools
 from megatron_ultramem.model.transformer_config import dtype_of
+from megatron_ultramem.training.memory_hooks import MemoryHooks
 
 
 def wrap_chunks(
     config: Config, megatron_config: TransformerConfig, chunks: list[GPTModel]
-) -> list[DistributedDataParallel]:
-    """Wraps the chunks in Megatron's precision module and DDP, and tells the pools where their gradients are due."""
+) -> tuple[list[DistributedDataParallel], list[MemoryHooks]]:
+    """Wraps the chunks in Megatron's precision module and DDP, and connects their memory layers with it."""
     p = config.parallel
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=p.distributed_optimizer,
@@ -39,41 +37,13 @@ def wrap_chunks(
         grad_reduce_in_fp32=True,
         bucket_size=p.bucket_size,
     )
-    wrapped = []
+    wrapped, hooks = [], []
     for number, chunk in enumerate(chunks):
         module: torch.nn.Module = Float16Module(megatron_config, chunk) if megatron_config.bf16 else chunk
         ddp = DistributedDataParallel(megatron_config, ddp_config, module, disable_bucketing=number > 0)
-        for pool in value_pools([chunk]):
-            pool.grad_ready = _GradReady(ddp)
-        for layer in memory_layers([chunk]):
-            layer.register_forward_pre_hook(partial(_await_parameters, ddp))
         wrapped.append(ddp)
-    return wrapped
-
-
-class _GradReady:
-    """Tells DDP that a table's gradient is complete in main_grad.
-
-    Autograd never sees a gradient of a table (it would be a dense tensor of the table's size), so DDP's own hook does
-    not fire for it.
-    """
-
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self.ddp = ddp
-
-    def __call__(self, param: torch.nn.Parameter) -> None:
-        if self.ddp.ddp_config.overlap_grad_reduce:
-            self.ddp.param_to_bucket_group[param].register_grad_ready(param, self.ddp.force_all_reduce)
-
-
-def _await_parameters(ddp: DistributedDataParallel, layer: UltraMemV2, _: Any) -> None:
-    """With overlapped parameter gathers: waits for the parameters that a memory layer uses without calling the module
-    that owns them (DDP hooks into calls), its pool's tables above all. Outside training steps DDP's hooks are off."""
-    if not ddp.ddp_config.overlap_param_gather or not ddp.remove_forward_pre_hook_handles:
-        return
-    for module in (layer.retrieval, layer.table):
-        for param in module.parameters(recurse=False):
-            ddp.param_to_bucket_group[param].finish_param_sync()
+        hooks.append(MemoryHooks(ddp, chunk))
+    return wrapped, hooks
 
 
 def build_optimizer(

@@ -20,6 +20,7 @@ from megatron_ultramem.platform import Platform, prepare, resolve_backend, seed_
 from megatron_ultramem.training.checkpoint import CheckpointManager, Position, check_writable, checkpoint_dir
 from megatron_ultramem.training.data import BatchIterator, build_datasets, check_data, sample_counts
 from megatron_ultramem.training.distributed import initialize_distributed, world_size_from_environment
+from megatron_ultramem.training.memory_hooks import MemoryHooks
 from megatron_ultramem.training.optimizer import Scheduler, build_optimizer, wrap_chunks
 from megatron_ultramem.training.tokenizers import Tokenizer, build_tokenizer
 
@@ -34,6 +35,7 @@ class Run:
     megatron_config: TransformerConfig
     model: list[GPTModel]
     chunks: list[DistributedDataParallel]
+    memory_hooks: list[MemoryHooks]
     optimizer: MegatronOptimizer
     scheduler: Scheduler
     checkpoints: CheckpointManager
@@ -66,12 +68,12 @@ def set_up(config: Config) -> Run:
     seed_everything(config.train.seed)
     train_data, valid_data = _build_data(config, tokenizer, dense_mask=backend == "local")
     megatron_config, model = build_chunks(config, vocab_size, backend, platform.device)
-    chunks = wrap_chunks(config, megatron_config, model)
+    chunks, hooks = wrap_chunks(config, megatron_config, model)
     optimizer, scheduler = build_optimizer(config, chunks)
     _connect(config, megatron_config, chunks, optimizer)
     checkpoints = CheckpointManager(
         config, model, optimizer, scheduler, tokenizer=tokenizer.identity, vocab_size=vocab_size)
-    run = Run(config, platform, tokenizer, megatron_config, model, chunks, optimizer, scheduler, checkpoints,
+    run = Run(config, platform, tokenizer, megatron_config, model, chunks, hooks, optimizer, scheduler, checkpoints,
               train_data, valid_data)
     run.position = checkpoints.resume()
     _set_batch_size(config, run.position.consumed_samples)

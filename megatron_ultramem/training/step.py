@@ -48,7 +48,7 @@ def forward_backward(
         micro_batches: an iterator over this rank's micro-batches for the model chunk of that number.
     """
     if not forward_only:
-        _set_auxiliary_scale(megatron_config, num_microbatches, device)
+        _set_auxiliary_scale(config, megatron_config, num_microbatches, device)
     iterators = [micro_batches(number) for number in range(len(chunks))]
     reports: list[LossReport] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, config, device),
@@ -104,12 +104,19 @@ def _packed_documents(batch: Batch, device: torch.device) -> PackedSeqParams | N
                            max_seqlen_kv=longest)
 
 
-def _set_auxiliary_scale(megatron_config: TransformerConfig, num_microbatches: int, device: torch.device) -> None:
+def _set_auxiliary_scale(
+    config: Config, megatron_config: TransformerConfig, num_microbatches: int, device: torch.device
+) -> None:
     """Gives memory's auxiliary losses the scale of the main loss; Megatron does so for its MoE losses alone."""
     scale = torch.ones(1, device=device)
     if megatron_config.grad_scale_func is not None:
         scale = megatron_config.grad_scale_func(scale)
-    AuxiliaryLossScale.set(scale / num_microbatches)
+    if megatron_config.calculate_per_token_loss:
+        # Gradients are sums over tokens then, divided by the number of tokens of the global batch at the end.
+        scale = scale * config.train.micro_batch_size * config.data.sequence_length
+    else:
+        scale = scale / num_microbatches
+    AuxiliaryLossScale.set(scale)
 
 
 def _sum_over_ranks(reports: list[LossReport], device: torch.device) -> LossTotals:

@@ -1,0 +1,93 @@
+"""The job that layout tests run: a few training steps, and every gradient and parameter by its checkpoint name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.training.checkpoint_state import model_state
+from megatron_ultramem.training.loop import evaluate, train_step
+from megatron_ultramem.training.setup import Run, set_up
+
+Shards = list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]
+
+
+def train_job(overrides: list[str], steps: int, with_evaluation: bool = False) -> dict[str, Any]:
+    """Trains `steps` steps; returns losses, gradient norms, this rank's shards of the first step's gradients (before
+    and after clipping) and of the parameters after the last step."""
+    run = set_up(load_config(None, overrides))
+    result: dict[str, Any] = {"losses": [], "grad_norms": []}
+    optimizer_step = run.optimizer.step
+
+    def step_after_capture() -> Any:
+        if "grads" not in result:
+            result["grads"] = gradients(run)
+        return optimizer_step()
+
+    run.optimizer.step = step_after_capture
+    for _ in range(steps):
+        metrics = train_step(run)
+        result["losses"].append(metrics["loss"])
+        result["grad_norms"].append(metrics["grad_norm"])
+    if with_evaluation:
+        result["valid_loss"] = evaluate(run)
+    result["params"] = shards(run)
+    return result
+
+
+def gradients(run: Run) -> Shards:
+    """Shards of the reduced gradients, as this rank would save parameters."""
+    if run.config.parallel.distributed_optimizer:
+        _gather_gradient_buffers(run)
+    params = [param for chunk in run.model for param in chunk.parameters()]
+    weights = [param.data for param in params]
+    for param in params:
+        param.data = param.main_grad.clone()
+    found = shards(run)
+    for param, weight in zip(params, weights, strict=True):
+        param.data = weight
+    return found
+
+
+def shards(run: Run) -> Shards:
+    """(name, global shape, place, numbers) of every parameter shard that this rank would save."""
+    state = model_state(run.model)
+    apply_factories(state)
+    return [
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().numpy().copy())
+        for shard in nested_values(state)
+        if isinstance(shard, ShardedTensor) and shard.data.is_floating_point()
+    ]
+
+
+def assemble(per_rank: list[Shards]) -> dict[str, np.ndarray]:
+    """Full tensors from the shards of all ranks; fails where replicas disagree or a place is left empty."""
+    full: dict[str, np.ndarray] = {}
+    for key, shape, place, numbers in (shard for found in per_rank for shard in found):
+        tensor = full.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
+        before = tensor[place]
+        numbers = numbers.reshape(before.shape)
+        if not np.isnan(before).all():
+            np.testing.assert_allclose(numbers, before, rtol=1e-6, atol=1e-7, err_msg=f"replicas of {key} differ")
+        tensor[place] = numbers
+    for key, tensor in full.items():
+        assert not np.isnan(tensor).any(), f"{key} has places that no rank holds"
+    return full
+
+
+def _gather_gradient_buffers(run: Run) -> None:
+    """With the distributed optimizer a rank holds the reduced gradients of its own part of each bucket alone."""
+    for ddp in run.chunks:
+        for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                part = bucket.grad_data.numel() // ranks.size()
+                own = bucket.grad_data.view(ranks.size(), part)[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
+    torch.distributed.barrier()

@@ -1,0 +1,99 @@
+"""Loss, gradients, gradient norm and the clipped AdamW update are the same under every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.layout_job import assemble, train_job
+from tests.distributed.workers import WorkerPool
+
+STEPS = 3
+TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
+PLAIN = "parallel.distributed_optimizer=false"
+INTERLEAVED = [PP2, "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true"]
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=20000"]
+
+LAYOUTS = {
+    "plain_optimizer": (1, [PLAIN]),
+    "tp2": (2, [TP2]),
+    "tp2_plain_optimizer": (2, [TP2, PLAIN]),
+    "pp2": (2, [PP2]),
+    "pp2_plain_optimizer": (2, [PP2, PLAIN]),
+    "pp2_interleaved": (2, INTERLEAVED),
+    "dp2": (2, []),
+    "dp2_plain_optimizer": (2, [PLAIN]),
+    "dp2_overlap": (2, OVERLAP),
+    "dp2_plain_optimizer_overlap": (2, [PLAIN, OVERLAP[0], OVERLAP[2]]),
+    "tp2_pp2": (4, [TP2, PP2]),
+    "tp2_dp2": (4, [TP2]),
+    "pp2_dp2_overlap": (4, [PP2, *OVERLAP]),
+    "recompute_full": (1, ["train.recompute=full"]),
+    "recompute_selective": (1, ["train.recompute=selective"]),
+    "recompute_memory": (1, ["model.memory.recompute=true"]),
+    "micro_batch_2": (1, ["train.micro_batch_size=2"]),
+}
+
+MODELS = {
+    "block": ["model.memory.sharing=block", "model.memory.share_size=2"],
+    "deep_block": ["model.num_layers=8", "model.memory.sharing=block", "model.memory.share_size=2"],
+    "ring_with_losses_and_masks": [
+        "model.memory.sharing=ring", "model.memory.share_size=2", "model.memory.pool_size=4",
+        "model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1",
+        "model.memory.tucker_penalty_threshold=0.0", "model.tie_embeddings=false", "model.memory.activation=gelu",
+        "data.mask_document_boundaries=true", "data.reset_position_ids=true", "data.mask_eod_loss=true",
+    ],
+    "moe_memory_dense": [
+        "model.memory.layers=1-2", "model.memory.sharing=none", "model.moe.layers=2-3", "model.moe.num_experts=4",
+        "model.moe.top_k=2", "model.moe.ffn_hidden_size=32", "model.moe.aux_loss_coeff=0",
+    ],
+}
+CASES = [("deep_block" if layout == "pp2_interleaved" else "block", layout) for layout in LAYOUTS]
+CASES += [("ring_with_losses_and_masks", layout) for layout in ("tp2", "dp2", "recompute_full", "recompute_memory")]
+CASES += [("moe_memory_dense", layout) for layout in ("tp2", "pp2", "dp2", "tp2_plain_optimizer")]
+FAST = {("block", name) for name in ("tp2", "pp2", "dp2", "dp2_plain_optimizer", "dp2_overlap",
+                                     "tp2_pp2", "recompute_full")} | {("moe_memory_dense", "tp2"), ("deep_block", "pp2_interleaved"),
+                                                                     ("ring_with_losses_and_masks", "tp2")}
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool: WorkerPool, small_run: list[str]) -> dict[str, dict]:
+    cache: dict[str, dict] = {}
+
+    def reference(model: str) -> dict:
+        if model not in cache:
+            (cache[model],) = pool.run(1, train_job, small_run + MODELS[model], STEPS, True)
+            cache[model]["grads"] = assemble([cache[model]["grads"]])
+            cache[model]["params"] = assemble([cache[model]["params"]])
+        return cache[model]
+
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [pytest.param(*case, id="-".join(case), marks=[] if case in FAST else pytest.mark.slow) for case in CASES])
+def test_training_equals_one_rank(
+    pool: WorkerPool, small_run: list[str], one_rank, tmp_path: Path, model: str, layout: str
+) -> None:
+    expected = one_rank(model)
+    ranks, overrides = LAYOUTS[layout]
+    results = pool.run(ranks, train_job, small_run + MODELS[model] + overrides, STEPS, True)
+    for result in results:
+        np.testing.assert_allclose(result["losses"], expected["losses"], rtol=2e-6)
+        np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-5)
+        np.testing.assert_allclose(result["valid_loss"], expected["valid_loss"], rtol=2e-6)
+    _assert_same(assemble([result["grads"] for result in results]), expected["grads"], 1e-5)
+    _assert_same(assemble([result["params"] for result in results]), expected["params"], 2e-4)
+
+
+def _assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """Equal to round-off: the largest difference is a small part of the tensor's largest element."""
+    assert actual.keys() == expected.keys()
+    for key, wanted in expected.items():
+        scale = np.abs(wanted).max()
+        assert np.isfinite(wanted).all()
+        worst = np.abs(actual[key] - wanted).max()
+        assert worst <= tolerance * scale + 1e-9, f"{key}: differs by {worst:.3g}, its largest element is {scale:.3g}"

@@ -1,0 +1,94 @@
+"""A pool of real processes that tests lend ranks from: started once, because importing Megatron takes seconds.
+
+`pool.run(ranks, job, ...)` calls `job(...)` on the first `ranks` processes, each with torchrun's environment variables
+for a fresh rendezvous, and returns their results in rank order. A job initialises and destroys its process groups.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT = 240.0  # seconds for one job
+
+
+class JobFailed(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+class WorkerPool:
+    """`size` spawned processes, each with one thread."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            # Not daemons: checkpoint writers start processes of their own.
+            process = context.Process(target=_serve, args=(theirs,))
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def run(self, ranks: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Results of `job(*args, **kwargs)` on `ranks` ranks; raises JobFailed with the first rank's traceback."""
+        port = str(free_port())
+        for rank, (_, pipe) in enumerate(self._workers[:ranks]):
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            pipe.send((environment, job, args, kwargs))
+        answers = []
+        for rank, (_, pipe) in enumerate(self._workers[:ranks]):
+            if not pipe.poll(TIMEOUT):
+                self.close(kill=True)
+                raise JobFailed(f"rank {rank} did not answer within {TIMEOUT:.0f} s")
+            answers.append(pipe.recv())
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failed:
+            raise JobFailed("\n".join(failed))
+        return [result for _, result in answers]
+
+    def close(self, kill: bool = False) -> None:
+        for process, pipe in self._workers:
+            if kill:
+                process.kill()
+            pipe.close()
+            process.join(10)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_ultramem.quiet import quiet_dependencies
+
+    quiet_dependencies()
+    from megatron_ultramem.platform import prepare
+
+    prepare("auto")
+    from megatron_ultramem.training.distributed import destroy_distributed
+
+    while True:
+        try:
+            environment, job, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            answer = (True, job(*args, **kwargs))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        destroy_distributed()
+        pipe.send(answer)
