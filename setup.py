@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # `kernels/` is a folder, not a package: `kernels` is the name of a Hugging Face package that transformers looks for.
+    # `kernels/` is a folder, not a package: a Hugging Face package that transformers looks for is called `kernels`.
     packages=find_packages(include=["megatron_ultramem", "megatron_ultramem.*"])
     + find_packages("kernels", include=["ultramem_kernels", "ultramem_kernels.*"]),
     package_dir={"megatron_ultramem": "megatron_ultramem", "ultramem_kernels": "kernels/ultramem_kernels"},
@@ -38,8 +38,20 @@ setup(
         "hf": ["transformers>=5", "safetensors", "tokenizers"],
         "wandb": ["wandb"],
         "deepspeed": ["deepspeed"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil", "triton",
-                "tokenizers", "sentencepiece", "tiktoken", "wandb"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-psutil",
+            "triton",
+            "tokenizers",
+            "sentencepiece",
+            "tiktoken",
+            "wandb",
+        ],
     },
     entry_points={"console_scripts": ["ultramem = megatron_ultramem.cli:main"]},
 )

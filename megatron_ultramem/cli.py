@@ -43,17 +43,23 @@ def _parser() -> argparse.ArgumentParser:
     settings = "Settings are given as section.setting=value; `ultramem config` lists all of them with explanations."
 
     train = commands.add_parser(
-        "train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "train",
+        help="train a model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Trains a model, or goes on where its last checkpoint left off.\n" + settings,
         epilog="examples:\n"
-               "  ultramem train --config examples/configs/quickstart.yaml --ranks 2 train.steps=50\n"
-               "  torchrun --nproc-per-node 8 -m megatron_ultramem train --config my.yaml\n\n" + _sections())
+        "  ultramem train --config examples/configs/quickstart.yaml --ranks 2 train.steps=50\n"
+        "  torchrun --nproc-per-node 8 -m megatron_ultramem train --config my.yaml\n\n" + _sections(),
+    )
     _add_config(train)
     _add_ranks(train)
     train.set_defaults(run=_train)
 
-    generate = commands.add_parser("generate", help="continue prompts with a trained model",
-                                   description="Continues prompts with a trained model, streaming to the terminal.")
+    generate = commands.add_parser(
+        "generate",
+        help="continue prompts with a trained model",
+        description="Continues prompts with a trained model, streaming to the terminal.",
+    )
     generate.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, folder of them, or run folder")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
@@ -66,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_ranks(generate)
     generate.set_defaults(run=_generate)
 
-    config = commands.add_parser("config", help="print the resolved settings, each with an explanation",
-                                 description="Prints the resolved settings as YAML. " + settings)
+    config = commands.add_parser(
+        "config",
+        help="print the resolved settings, each with an explanation",
+        description="Prints the resolved settings as YAML. " + settings,
+    )
     _add_config(config)
     config.set_defaults(run=_config)
 
@@ -91,9 +100,9 @@ def _sections() -> str:
 
     from megatron_ultramem.config.schema import Config
 
-    lines = ["sections of settings:"]
+    lines, defaults = ["sections of settings:"], Config()
     for field in dataclasses.fields(Config):
-        names = ", ".join(inner.name for inner in dataclasses.fields(field.default_factory()))  # type: ignore[misc]
+        names = ", ".join(inner.name for inner in dataclasses.fields(getattr(defaults, field.name)))
         lines.append(f"  {field.name}: {field.metadata['help']} ({names})")
     return "\n".join(lines)
 

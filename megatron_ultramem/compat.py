@@ -28,7 +28,7 @@ def mlp_slot(module: type, **params: Any) -> Any:
 def dense_mlp_slot(submodules: MLPSubmodules) -> Any:
     """The `mlp` field for Megatron's dense MLP."""
     if BUILDERS:
-        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)  # type: ignore[attr-defined]
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
 
 

@@ -33,7 +33,7 @@ class CpuStream(torch.cpu.Stream):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
+    def record_event(self, event: CpuEvent | None = None) -> CpuEvent:  # type: ignore[override]
         return event or CpuEvent()
 
 

@@ -43,13 +43,17 @@ def prepare(device: str = "auto") -> Platform:
     if device == "cuda" and not available:
         raise ConfigError("train.device = cuda: no CUDA device was found; legal here: cpu or auto")
     if device == "cpu" and available:
-        raise ConfigError("train.device = cpu on a machine with a GPU: Megatron-Core would still use the GPU; hide it "
-                          "with CUDA_VISIBLE_DEVICES='' in the environment")
+        raise ConfigError(
+            "train.device = cpu on a machine with a GPU: Megatron-Core would still use the GPU; hide it "
+            "with CUDA_VISIBLE_DEVICES='' in the environment"
+        )
     if available:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"LOCAL_RANK {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start at "
-                              "most one rank per GPU")
+            raise ConfigError(
+                f"LOCAL_RANK {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start at "
+                "most one rank per GPU"
+            )
         torch.cuda.set_device(local_rank)
         return Platform(torch.device("cuda", local_rank), "nccl")
     from megatron_ultramem import cpu_shim
@@ -79,8 +83,10 @@ def resolve_backend(config: Config, platform: Platform) -> str:
         missing = "Transformer Engine is not installed" if platform.is_cuda else "there is no GPU"
         raise ConfigError(f"model.backend = transformer_engine: {missing}; legal here: local or auto")
     if config.parallel.context_parallel_size > 1 and backend == "local":
-        raise ConfigError(f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "
-                          "Engine, which was not found; legal here: 1")
+        raise ConfigError(
+            f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "
+            "Engine, which was not found; legal here: 1"
+        )
     return backend
 
 

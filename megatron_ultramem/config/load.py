@@ -43,7 +43,9 @@ def config_from_dict(tree: dict[str, Any], *, check: bool = True) -> Config:
     except OmegaConfBaseException as error:
         setting = getattr(error, "full_key", None) or "?"
         reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-        raise ConfigError(f"{setting} = {_lookup(tree, str(setting))!r}: {reason}; legal: {_legal(str(setting))}") from None
+        raise ConfigError(
+            f"{setting} = {_lookup(tree, str(setting))!r}: {reason}; legal: {_legal(str(setting))}"
+        ) from None
     assert isinstance(config, Config)
     _check_ranges(config)
     if check:
@@ -117,8 +119,10 @@ def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:
         if key not in fields:
             close = difflib.get_close_matches(str(key), list(fields), n=1)
             hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise ConfigError(f"{prefix}{key}: unknown setting; {hint}legal in {prefix.rstrip('.') or 'the top level'}: "
-                              + ", ".join(fields))
+            raise ConfigError(
+                f"{prefix}{key}: unknown setting; {hint}legal in {prefix.rstrip('.') or 'the top level'}: "
+                + ", ".join(fields)
+            )
         child = fields[key].default_factory
         if isinstance(child, type) and dataclasses.is_dataclass(child):
             if value is None:
@@ -156,9 +160,18 @@ def legal_values(field: dataclasses.Field[Any]) -> str:
     if limits["choices"]:
         return ", ".join(limits["choices"])
     text = str(field.type)
-    kind = "list" if text.startswith("list") else next(
-        (word for key, word in (("bool", "true or false"), ("int", "an integer"), ("float", "a number")) if key in text),
-        "a string")
+    kind = (
+        "list"
+        if text.startswith("list")
+        else next(
+            (
+                word
+                for key, word in (("bool", "true or false"), ("int", "an integer"), ("float", "a number"))
+                if key in text
+            ),
+            "a string",
+        )
+    )
     if kind == "list":
         kind = "a list of " + ("numbers" if "float" in text else "integers" if "int" in text else "strings")
     if limits["above"] is not None:

@@ -10,8 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: float | None = None,
-            maximum: float | None = None, above: float | None = None) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
     """A dataclass field with its explanation and its legal range (`above` is an exclusive minimum)."""
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
     if isinstance(default, (list, dict)):
@@ -26,40 +33,59 @@ class MemoryConfig:
     kind: str = setting("ultramem_v2", "Memory layer.", choices=("ultramem_v2",))
     layers: str = setting("all", "Layers (from 0) that get a memory layer: 'all', 'none', or a list such as '0,2,5-8'.")
     num_keys: int = setting(
-        360, "n: keys per side of ONE layer's table, so that the table has n*n rows; a layer that sees g tables has "
-        "floor(sqrt(g)*n) keys per side.", minimum=1)
+        360,
+        "n: keys per side of ONE layer's table, so that the table has n*n rows; a layer that sees g tables has "
+        "floor(sqrt(g)*n) keys per side.",
+        minimum=1,
+    )
     key_dim: int = setting(192, "Dk: width of a key and of a query half.", minimum=1)
     num_heads: int = setting(1, "Retrieval heads, each with its own keys and queries.", minimum=1)
     tucker_rank: int = setting(2, "r: rank of the Tucker cores.", minimum=1)
-    num_cores: int = setting(2, "Tucker cores (multi-core scoring): each scores its own slice of the value width.",
-                             minimum=1)
-    query_per_rank: bool = setting(True, "Separate queries for every Tucker rank and side (paper); false: one query "
-                                   "per side shared by the ranks (released code).")
+    num_cores: int = setting(
+        2, "Tucker cores (multi-core scoring): each scores its own slice of the value width.", minimum=1
+    )
+    query_per_rank: bool = setting(
+        True,
+        "Separate queries for every Tucker rank and side (paper); false: one query "
+        "per side shared by the ranks (released code).",
+    )
     top_m: int = setting(32, "m: values activated per token and head.", minimum=1)
     coarse_top_k: Optional[int] = setting(
-        None, "Cap on the candidates per side in the coarse pass: k = min(n, top_m, coarse_top_k); null: no cap.",
-        minimum=1)
+        None,
+        "Cap on the candidates per side in the coarse pass: k = min(n, top_m, coarse_top_k); null: no cap.",
+        minimum=1,
+    )
     value_dim: int = setting(192, "Dv: width of a value row.", minimum=1)
     pre_value_dim: int = setting(192, "Dp: width of a pre-value row (PEER-style values).", minimum=1)
     activation: str = setting("none", "Activation on the pre-value dot product.", choices=("none", "gelu"))
     sharing: str = setting("none", "How layers share value tables.", choices=("none", "block", "ring", "no_ring"))
     share_size: int = setting(1, "g: tables that one layer sees.", minimum=1)
     pool_size: Optional[int] = setting(
-        None, "Memory layers per pool of tables; a pool lives on one pipeline stage. null: 1 for sharing=none, "
-        "share_size for block, all memory layers for ring and no_ring.", minimum=1)
-    window: str = setting("centered", "Window of a layer in ring and no_ring sharing: 'centered' on its own table "
-                          "(paper) or 'start'ing at it (released code).", choices=("centered", "start"))
+        None,
+        "Memory layers per pool of tables; a pool lives on one pipeline stage. null: 1 for sharing=none, "
+        "share_size for block, all memory layers for ring and no_ring.",
+        minimum=1,
+    )
+    window: str = setting(
+        "centered",
+        "Window of a layer in ring and no_ring sharing: 'centered' on its own table "
+        "(paper) or 'start'ing at it (released code).",
+        choices=("centered", "start"),
+    )
     shuffle: bool = setting(True, "Send grid indices through a fixed random permutation.")
     shuffle_seed: int = setting(1234, "Seed of those permutations; part of the model.", minimum=0)
     rows_multiple: int = setting(128, "Rows of a pool are padded to a multiple of this.", minimum=1)
-    init: str = setting("paper", "Initialisation: the paper's derived one, or the released code's.",
-                        choices=("paper", "released"))
+    init: str = setting(
+        "paper", "Initialisation: the paper's derived one, or the released code's.", choices=("paper", "released")
+    )
     balance_loss_coeff: float = setting(0.0, "Weight of the balance loss on coarse key selection; 0: off.", minimum=0)
-    tucker_penalty_coeff: float = setting(0.0, "Weight of the Tucker penalty (0.001 in UltraMem v1); 0: off.",
-                                          minimum=0)
+    tucker_penalty_coeff: float = setting(
+        0.0, "Weight of the Tucker penalty (0.001 in UltraMem v1); 0: off.", minimum=0
+    )
     tucker_penalty_threshold: float = setting(0.15, "Singular values below this are not penalised.", minimum=0)
-    recompute: bool = setting(False, "Recompute the memory layer in the backward pass, keeping only its input and "
-                              "the selected indices.")
+    recompute: bool = setting(
+        False, "Recompute the memory layer in the backward pass, keeping only its input and the selected indices."
+    )
     lookup_backend: str = setting("auto", "Implementation of the table lookup.", choices=("auto", "reference"))
 
 
@@ -75,24 +101,30 @@ class MoEConfig:
     aux_loss_coeff: float = setting(0.01, "Weight of the load-balancing loss.", minimum=0)
     z_loss_coeff: float = setting(0.0, "Weight of the router z-loss; 0: off.", minimum=0)
     dispatcher: str = setting("alltoall", "Token dispatcher.", choices=("alltoall", "allgather"))
-    grouped_gemm: Optional[bool] = setting(None, "Grouped GEMM over experts (needs Transformer Engine); null: where "
-                                           "it is available.")
+    grouped_gemm: Optional[bool] = setting(
+        None, "Grouped GEMM over experts (needs Transformer Engine); null: where it is available."
+    )
 
 
 @dataclass
 class ModelConfig:
     """The transformer."""
 
-    backend: str = setting("auto", "Layer implementation: Megatron's local modules or Transformer Engine; auto: "
-                           "Transformer Engine where it is installed and a GPU is present.",
-                           choices=("auto", "local", "transformer_engine"))
+    backend: str = setting(
+        "auto",
+        "Layer implementation: Megatron's local modules or Transformer Engine; auto: "
+        "Transformer Engine where it is installed and a GPU is present.",
+        choices=("auto", "local", "transformer_engine"),
+    )
     num_layers: int = setting(20, "L: transformer blocks.", minimum=1)
     hidden_size: int = setting(768, "h: width of the residual stream.", minimum=1)
     num_attention_heads: int = setting(12, "Attention heads.", minimum=1)
-    num_query_groups: Optional[int] = setting(None, "Key/value heads (grouped-query attention); null: one per head.",
-                                              minimum=1)
-    head_dim: Optional[int] = setting(None, "Width of an attention head; null: hidden_size / num_attention_heads.",
-                                      minimum=1)
+    num_query_groups: Optional[int] = setting(
+        None, "Key/value heads (grouped-query attention); null: one per head.", minimum=1
+    )
+    head_dim: Optional[int] = setting(
+        None, "Width of an attention head; null: hidden_size / num_attention_heads.", minimum=1
+    )
     ffn_hidden_size: int = setting(2496, "Inner width of the dense SwiGLU FFN.", minimum=1)
     max_sequence_length: int = setting(4096, "Longest sequence the model is built for.", minimum=1)
     rope_base: float = setting(10000.0, "Base of the rotary position embedding.", above=0)
@@ -100,12 +132,16 @@ class ModelConfig:
     norm_eps: float = setting(1e-5, "Epsilon of every RMSNorm.", above=0)
     tie_embeddings: bool = setting(True, "Share the embedding with the output layer.")
     vocab_size: Optional[int] = setting(None, "Vocabulary; null: the tokenizer's.", minimum=1)
-    vocab_size_multiple: int = setting(128, "The vocabulary is padded to a multiple of this, under every layout.",
-                                       minimum=1)
+    vocab_size_multiple: int = setting(
+        128, "The vocabulary is padded to a multiple of this, under every layout.", minimum=1
+    )
     hidden_dropout: float = setting(0.0, "Dropout on residual branches.", minimum=0, maximum=1)
     attention_dropout: float = setting(0.0, "Dropout on attention weights.", minimum=0, maximum=1)
-    init_std: Optional[float] = setting(None, "Standard deviation of linear weights and embeddings; null: "
-                                        "sqrt(2/(5h)) (UltraMemV2, appendix A).", above=0)
+    init_std: Optional[float] = setting(
+        None,
+        "Standard deviation of linear weights and embeddings; null: sqrt(2/(5h)) (UltraMemV2, appendix A).",
+        above=0,
+    )
     memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "Memory layers."})
     moe: MoEConfig = field(default_factory=MoEConfig, metadata={"help": "Mixture-of-experts layers."})
 
@@ -115,19 +151,26 @@ class ParallelConfig:
     """How the model is laid out over ranks. Data parallelism takes what the other dimensions leave."""
 
     tensor_parallel_size: int = setting(1, "TP: ranks that split every matrix.", minimum=1)
-    sequence_parallel: Optional[bool] = setting(None, "Split activations between TP regions along the sequence; "
-                                                "null: on when TP > 1. Memory layers need it when TP > 1.")
+    sequence_parallel: Optional[bool] = setting(
+        None,
+        "Split activations between TP regions along the sequence; "
+        "null: on when TP > 1. Memory layers need it when TP > 1.",
+    )
     pipeline_parallel_size: int = setting(1, "PP: pipeline stages.", minimum=1)
-    virtual_pipeline_stages: int = setting(1, "Model chunks per pipeline rank; above 1: interleaved schedule.",
-                                           minimum=1)
+    virtual_pipeline_stages: int = setting(
+        1, "Model chunks per pipeline rank; above 1: interleaved schedule.", minimum=1
+    )
     context_parallel_size: int = setting(1, "CP: ranks that split the sequence (needs Transformer Engine).", minimum=1)
     expert_parallel_size: int = setting(1, "EP: ranks that split the experts.", minimum=1)
     distributed_optimizer: bool = setting(True, "Split optimizer state over data-parallel ranks.")
     overlap_grad_reduce: bool = setting(False, "Reduce gradients while the backward pass runs.")
-    overlap_param_gather: bool = setting(False, "Gather parameters while the next forward pass runs (needs "
-                                         "distributed_optimizer and overlap_grad_reduce).")
-    overlap_p2p: bool = setting(False, "Overlap pipeline sends and receives with compute; the interleaved schedule "
-                                "on two stages needs it.")
+    overlap_param_gather: bool = setting(
+        False,
+        "Gather parameters while the next forward pass runs (needs distributed_optimizer and overlap_grad_reduce).",
+    )
+    overlap_p2p: bool = setting(
+        False, "Overlap pipeline sends and receives with compute; the interleaved schedule on two stages needs it."
+    )
     bucket_size: Optional[int] = setting(None, "Parameters per gradient bucket; null: Megatron's choice.", minimum=1)
     timeout_minutes: float = setting(10.0, "A collective that takes longer ends the run.", above=0)
 
@@ -136,13 +179,17 @@ class ParallelConfig:
 class TokenizerConfig:
     """Text to token ids."""
 
-    kind: str = setting("byte", "byte (needs no file), huggingface (tokenizer.json), sentencepiece (.model) or "
-                        "tiktoken (a rank file or a built-in encoding's name).",
-                        choices=("byte", "huggingface", "sentencepiece", "tiktoken"))
+    kind: str = setting(
+        "byte",
+        "byte (needs no file), huggingface (tokenizer.json), sentencepiece (.model) or "
+        "tiktoken (a rank file or a built-in encoding's name).",
+        choices=("byte", "huggingface", "sentencepiece", "tiktoken"),
+    )
     path: Optional[str] = setting(None, "Tokenizer file; not for byte.")
     eod_token: Optional[str] = setting(None, "Name of the end-of-document token; null: found by the usual names.")
-    pattern: Optional[str] = setting(None, "Regex that cuts text before merging (tiktoken rank files only); "
-                                     "null: that of cl100k_base.")
+    pattern: Optional[str] = setting(
+        None, "Regex that cuts text before merging (tiktoken rank files only); null: that of cl100k_base."
+    )
 
 
 @dataclass
@@ -178,8 +225,9 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "Adam epsilon.", above=0)
     weight_decay: float = setting(0.1, "Decoupled weight decay; not on norms and biases.", minimum=0)
     clip_grad: float = setting(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)
-    value_lr_times: float = setting(1.0, "Learning rate of value tables: multiplier "
-                                    "1 + (times-1)*max(0, 1 - step/(steps*value_lr_rate)).", above=0)
+    value_lr_times: float = setting(
+        1.0, "Learning rate of value tables: multiplier 1 + (times-1)*max(0, 1 - step/(steps*value_lr_rate)).", above=0
+    )
     value_lr_rate: float = setting(1.0, "Share of the run over which that multiplier falls to 1.", above=0)
     value_weight_decay: Optional[float] = setting(None, "Weight decay of value tables; null: weight_decay.", minimum=0)
 
@@ -192,10 +240,12 @@ class ScheduleConfig:
     warmup_steps: int = setting(0, "Linear warm-up.", minimum=0)
     min_lr_ratio: float = setting(0.1, "Final learning rate as a share of the peak.", minimum=0, maximum=1)
     decay_steps: Optional[int] = setting(None, "Steps at which the decay ends; null: train.steps.", minimum=1)
-    wsd_decay_steps: Optional[int] = setting(None, "Length of the final decay of wsd; null: a tenth of decay_steps.",
-                                             minimum=1)
-    wsd_decay_shape: str = setting("linear", "Shape of the final decay of wsd.",
-                                   choices=("linear", "cosine", "exponential", "minus_sqrt"))
+    wsd_decay_steps: Optional[int] = setting(
+        None, "Length of the final decay of wsd; null: a tenth of decay_steps.", minimum=1
+    )
+    wsd_decay_shape: str = setting(
+        "linear", "Shape of the final decay of wsd.", choices=("linear", "cosine", "exponential", "minus_sqrt")
+    )
 
 
 @dataclass
@@ -206,20 +256,31 @@ class TrainConfig:
     steps: int = setting(1000, "Optimizer steps.", minimum=1)
     micro_batch_size: int = setting(1, "Samples per rank in one forward-backward.", minimum=1)
     global_batch_size: int = setting(8, "Samples per optimizer step.", minimum=1)
-    rampup_batch_size: list[int] = setting([], "[start, increment, samples]: grow the global batch from `start` by "
-                                           "`increment` over `samples` samples; empty: no ramp-up.")
-    precision: str = setting("bf16", "Parameters and activations; gradients and optimizer state are fp32.",
-                             choices=("bf16", "fp32"))
-    device: str = setting("auto", "auto: CUDA with NCCL where a GPU is present, else CPU with gloo.",
-                          choices=("auto", "cpu", "cuda"))
+    rampup_batch_size: list[int] = setting(
+        [],
+        "[start, increment, samples]: grow the global batch from `start` by "
+        "`increment` over `samples` samples; empty: no ramp-up.",
+    )
+    precision: str = setting(
+        "bf16", "Parameters and activations; gradients and optimizer state are fp32.", choices=("bf16", "fp32")
+    )
+    device: str = setting(
+        "auto", "auto: CUDA with NCCL where a GPU is present, else CPU with gloo.", choices=("auto", "cpu", "cuda")
+    )
     seed: int = setting(1234, "Seed of initialisation and dropout.", minimum=0)
     deterministic: bool = setting(False, "Only algorithms that give bitwise equal results from run to run.")
-    recompute: str = setting("none", "Activation recompute: none, selective (core attention), or full (whole blocks, "
-                             "memory included).", choices=("none", "selective", "full"))
+    recompute: str = setting(
+        "none",
+        "Activation recompute: none, selective (core attention), or full (whole blocks, memory included).",
+        choices=("none", "selective", "full"),
+    )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)
     eval_steps: int = setting(10, "Global batches per evaluation; 0: no evaluation.", minimum=0)
-    exit_after_steps: Optional[int] = setting(None, "Stop (with a checkpoint) after this many steps of this launch; "
-                                              "the schedule still follows `steps`.", minimum=1)
+    exit_after_steps: Optional[int] = setting(
+        None,
+        "Stop (with a checkpoint) after this many steps of this launch; the schedule still follows `steps`.",
+        minimum=1,
+    )
 
 
 @dataclass
@@ -230,8 +291,11 @@ class CheckpointConfig:
     interval: int = setting(0, "Save every N steps; 0: only at the end.", minimum=0)
     keep_last: int = setting(3, "Checkpoints kept; 0: all.", minimum=0)
     async_save: bool = setting(False, "Write in the background while training goes on.")
-    load: str = setting("auto", "auto: resume from the newest checkpoint of this run if there is one; none: start "
-                        "afresh; or the path of a checkpoint.")
+    load: str = setting(
+        "auto",
+        "auto: resume from the newest checkpoint of this run if there is one; none: start "
+        "afresh; or the path of a checkpoint.",
+    )
     load_optimizer: bool = setting(True, "Load optimizer, schedule, RNG and data position too; false: weights only.")
 
 

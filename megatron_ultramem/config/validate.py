@@ -24,24 +24,28 @@ def validate_world(config: Config, world_size: int) -> int:
         raise ConfigError(
             f"{world_size} ranks cannot be divided by parallel.tensor_parallel_size = {p.tensor_parallel_size} x "
             f"pipeline_parallel_size = {p.pipeline_parallel_size} x context_parallel_size = {p.context_parallel_size} "
-            f"= {model_ranks}; legal: a multiple of {model_ranks} ranks")
+            f"= {model_ranks}; legal: a multiple of {model_ranks} ranks"
+        )
     data_parallel = world_size // model_ranks
     expert_ranks = world_size // p.pipeline_parallel_size
     if expert_ranks % p.expert_parallel_size:
         raise ConfigError(
             f"parallel.expert_parallel_size = {p.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
-            f"pipeline stage; legal: a divisor of {expert_ranks}")
+            f"pipeline stage; legal: a divisor of {expert_ranks}"
+        )
     samples = config.train.micro_batch_size * data_parallel
     for setting, value in batch_sizes(config):
         if value % samples:
             raise ConfigError(
                 f"{setting} = {value} is not a multiple of train.micro_batch_size = {config.train.micro_batch_size} x "
-                f"{data_parallel} data-parallel ranks; legal: a multiple of {samples}")
+                f"{data_parallel} data-parallel ranks; legal: a multiple of {samples}"
+            )
         if p.virtual_pipeline_stages > 1 and value // samples % p.pipeline_parallel_size:
             raise ConfigError(
                 f"{setting} = {value} gives {value // samples} micro-batches, which the interleaved schedule cannot "
                 f"spread over parallel.pipeline_parallel_size = {p.pipeline_parallel_size}; legal: a multiple of "
-                f"{samples * p.pipeline_parallel_size}")
+                f"{samples * p.pipeline_parallel_size}"
+            )
     return data_parallel
 
 
@@ -58,81 +62,119 @@ def stage_of_layer(config: Config) -> list[tuple[int, int]]:
     """For every layer its (pipeline stage, model chunk on that stage), as Megatron's schedules place them."""
     p = config.parallel
     per_chunk = config.model.num_layers // (p.pipeline_parallel_size * p.virtual_pipeline_stages)
-    return [(layer // per_chunk % p.pipeline_parallel_size, layer // per_chunk // p.pipeline_parallel_size)
-            for layer in range(config.model.num_layers)]
+    return [
+        (layer // per_chunk % p.pipeline_parallel_size, layer // per_chunk // p.pipeline_parallel_size)
+        for layer in range(config.model.num_layers)
+    ]
 
 
 def _validate_model(config: Config) -> None:
     m = config.model
     if m.head_dim is None and m.hidden_size % m.num_attention_heads:
-        raise ConfigError(f"model.num_attention_heads = {m.num_attention_heads} does not divide model.hidden_size = "
-                          f"{m.hidden_size}; legal: a divisor, or set model.head_dim")
+        raise ConfigError(
+            f"model.num_attention_heads = {m.num_attention_heads} does not divide model.hidden_size = "
+            f"{m.hidden_size}; legal: a divisor, or set model.head_dim"
+        )
     if (m.head_dim or m.hidden_size // m.num_attention_heads) % 2:
-        raise ConfigError(f"model.head_dim = {m.head_dim or m.hidden_size // m.num_attention_heads} is odd; rotary "
-                          f"embeddings need an even head width")
+        raise ConfigError(
+            f"model.head_dim = {m.head_dim or m.hidden_size // m.num_attention_heads} is odd; rotary "
+            f"embeddings need an even head width"
+        )
     groups = m.num_query_groups or m.num_attention_heads
     if m.num_attention_heads % groups:
-        raise ConfigError(f"model.num_query_groups = {groups} does not divide model.num_attention_heads = "
-                          f"{m.num_attention_heads}; legal: a divisor")
+        raise ConfigError(
+            f"model.num_query_groups = {groups} does not divide model.num_attention_heads = "
+            f"{m.num_attention_heads}; legal: a divisor"
+        )
     moe = parse_layers(m.moe.layers, m.num_layers, "model.moe.layers")
     if moe and m.moe.top_k > m.moe.num_experts:
         raise ConfigError(f"model.moe.top_k = {m.moe.top_k} exceeds model.moe.num_experts = {m.moe.num_experts}")
     if moe and m.moe.num_experts % config.parallel.expert_parallel_size:
-        raise ConfigError(f"parallel.expert_parallel_size = {config.parallel.expert_parallel_size} does not divide "
-                          f"model.moe.num_experts = {m.moe.num_experts}; legal: a divisor")
+        raise ConfigError(
+            f"parallel.expert_parallel_size = {config.parallel.expert_parallel_size} does not divide "
+            f"model.moe.num_experts = {m.moe.num_experts}; legal: a divisor"
+        )
     if config.data.sequence_length > m.max_sequence_length:
-        raise ConfigError(f"data.sequence_length = {config.data.sequence_length} exceeds model.max_sequence_length = "
-                          f"{m.max_sequence_length}; legal: at most that")
+        raise ConfigError(
+            f"data.sequence_length = {config.data.sequence_length} exceeds model.max_sequence_length = "
+            f"{m.max_sequence_length}; legal: at most that"
+        )
 
 
 def _validate_parallel(config: Config) -> None:
     p, m = config.parallel, config.model
-    tp, pp, vp, cp = (p.tensor_parallel_size, p.pipeline_parallel_size, p.virtual_pipeline_stages,
-                      p.context_parallel_size)
+    tp, pp, vp, cp = (
+        p.tensor_parallel_size,
+        p.pipeline_parallel_size,
+        p.virtual_pipeline_stages,
+        p.context_parallel_size,
+    )
     groups = m.num_query_groups or m.num_attention_heads
-    for setting, value in (("model.num_attention_heads", m.num_attention_heads), ("model.num_query_groups", groups),
-                           ("model.ffn_hidden_size", m.ffn_hidden_size),
-                           ("model.vocab_size_multiple", m.vocab_size_multiple)):
+    for setting, value in (
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.num_query_groups", groups),
+        ("model.ffn_hidden_size", m.ffn_hidden_size),
+        ("model.vocab_size_multiple", m.vocab_size_multiple),
+    ):
         if value % tp:
-            raise ConfigError(f"parallel.tensor_parallel_size = {tp} does not divide {setting} = {value}; legal: a "
-                              f"divisor of it")
+            raise ConfigError(
+                f"parallel.tensor_parallel_size = {tp} does not divide {setting} = {value}; legal: a divisor of it"
+            )
     sequence_parallel = tp > 1 if p.sequence_parallel is None else p.sequence_parallel
     memory = parse_layers(m.memory.layers, m.num_layers, "model.memory.layers")
     moe = parse_layers(m.moe.layers, m.num_layers, "model.moe.layers")
     if sequence_parallel and tp == 1:
-        raise ConfigError("parallel.sequence_parallel = true needs parallel.tensor_parallel_size above 1; legal: "
-                          "false or null")
+        raise ConfigError(
+            "parallel.sequence_parallel = true needs parallel.tensor_parallel_size above 1; legal: false or null"
+        )
     if tp > 1 and not sequence_parallel and (memory or moe):
-        raise ConfigError("parallel.sequence_parallel = false with parallel.tensor_parallel_size = "
-                          f"{tp}: memory and MoE layers need every rank to hold its own tokens; legal: true or null")
+        raise ConfigError(
+            "parallel.sequence_parallel = false with parallel.tensor_parallel_size = "
+            f"{tp}: memory and MoE layers need every rank to hold its own tokens; legal: true or null"
+        )
     if sequence_parallel and config.data.sequence_length % (tp * cp):
-        raise ConfigError(f"data.sequence_length = {config.data.sequence_length} is not a multiple of "
-                          f"tensor_parallel_size x context_parallel_size = {tp * cp}, over which the sequence is split")
+        raise ConfigError(
+            f"data.sequence_length = {config.data.sequence_length} is not a multiple of "
+            f"tensor_parallel_size x context_parallel_size = {tp * cp}, over which the sequence is split"
+        )
     if cp > 1 and config.data.sequence_length % (2 * cp):
-        raise ConfigError(f"data.sequence_length = {config.data.sequence_length} is not a multiple of 2 x "
-                          f"parallel.context_parallel_size = {2 * cp}")
+        raise ConfigError(
+            f"data.sequence_length = {config.data.sequence_length} is not a multiple of 2 x "
+            f"parallel.context_parallel_size = {2 * cp}"
+        )
     if cp > 1 and config.data.mask_document_boundaries:
-        raise ConfigError("data.mask_document_boundaries = true is not supported with "
-                          f"parallel.context_parallel_size = {cp}; legal: false, or context_parallel_size = 1")
+        raise ConfigError(
+            "data.mask_document_boundaries = true is not supported with "
+            f"parallel.context_parallel_size = {cp}; legal: false, or context_parallel_size = 1"
+        )
     if cp > 1 and m.backend == "local":
-        raise ConfigError(f"parallel.context_parallel_size = {cp} needs Transformer Engine; model.backend = local has "
-                          "none; legal: context_parallel_size = 1, or backend transformer_engine")
+        raise ConfigError(
+            f"parallel.context_parallel_size = {cp} needs Transformer Engine; model.backend = local has "
+            "none; legal: context_parallel_size = 1, or backend transformer_engine"
+        )
     if vp > 1 and pp == 1:
         raise ConfigError(f"parallel.virtual_pipeline_stages = {vp} needs parallel.pipeline_parallel_size above 1")
     if vp > 1 and pp == 2 and not p.overlap_p2p:
         raise ConfigError(
             "parallel.virtual_pipeline_stages above 1 with parallel.pipeline_parallel_size = 2 and "
             "parallel.overlap_p2p = false: Megatron-Core computes a wrong loss there without saying so; legal: "
-            "parallel.overlap_p2p=true, or virtual_pipeline_stages = 1")
+            "parallel.overlap_p2p=true, or virtual_pipeline_stages = 1"
+        )
     if m.num_layers % (pp * vp):
-        raise ConfigError(f"model.num_layers = {m.num_layers} cannot be split evenly over pipeline_parallel_size x "
-                          f"virtual_pipeline_stages = {pp} x {vp} = {pp * vp}; legal: a multiple of {pp * vp}")
+        raise ConfigError(
+            f"model.num_layers = {m.num_layers} cannot be split evenly over pipeline_parallel_size x "
+            f"virtual_pipeline_stages = {pp} x {vp} = {pp * vp}; legal: a multiple of {pp * vp}"
+        )
     if p.expert_parallel_size > 1 and not moe:
-        raise ConfigError(f"parallel.expert_parallel_size = {p.expert_parallel_size} without MoE layers "
-                          "(model.moe.layers = none) would be ignored; legal: 1")
+        raise ConfigError(
+            f"parallel.expert_parallel_size = {p.expert_parallel_size} without MoE layers "
+            "(model.moe.layers = none) would be ignored; legal: 1"
+        )
     if p.overlap_param_gather and not (p.distributed_optimizer and p.overlap_grad_reduce):
-        raise ConfigError("parallel.overlap_param_gather = true needs parallel.distributed_optimizer = true and "
-                          "parallel.overlap_grad_reduce = true")
+        raise ConfigError(
+            "parallel.overlap_param_gather = true needs parallel.distributed_optimizer = true and "
+            "parallel.overlap_grad_reduce = true"
+        )
 
 
 def _validate_pools(config: Config) -> None:
@@ -150,8 +192,9 @@ def refuse_split_pool(config: Config, pool: Pool, stages: list[tuple[int, int]])
         raise ConfigError(
             f"parallel.pipeline_parallel_size = {p.pipeline_parallel_size} with virtual_pipeline_stages = "
             f"{p.virtual_pipeline_stages} puts {per_chunk} layers on a stage and would split pool {pool.index} of "
-            f"{len(pool.layers)} memory layers (layers {pool.layers[0]} to {pool.layers[-1]}) over {len(homes)} stages; "
-            "legal: a layout whose stages hold whole pools, or a smaller model.memory.pool_size (another model)")
+            f"{len(pool.layers)} memory layers ({pool.layers[0]} to {pool.layers[-1]}) over {len(homes)} stages; "
+            "legal: a layout whose stages hold whole pools, or a smaller model.memory.pool_size (another model)"
+        )
 
 
 def _validate_batches(config: Config) -> None:
@@ -161,27 +204,34 @@ def _validate_batches(config: Config) -> None:
             raise ConfigError(f"train.rampup_batch_size = {ramp}: legal: [start, increment, samples], all positive")
         start, increment, _ = ramp
         if start > config.train.global_batch_size or (config.train.global_batch_size - start) % increment:
-            raise ConfigError(f"train.rampup_batch_size = {ramp}: cannot reach train.global_batch_size = "
-                              f"{config.train.global_batch_size} from {start} in steps of {increment}")
+            raise ConfigError(
+                f"train.rampup_batch_size = {ramp}: cannot reach train.global_batch_size = "
+                f"{config.train.global_batch_size} from {start} in steps of {increment}"
+            )
 
 
 def _validate_rest(config: Config) -> None:
     s, d = config.schedule, config.data
     decay_steps = s.decay_steps or config.train.steps
     if s.kind != "constant" and s.warmup_steps >= decay_steps:
-        raise ConfigError(f"schedule.warmup_steps = {s.warmup_steps}: legal: fewer than the {decay_steps} steps of the "
-                          "schedule")
+        raise ConfigError(
+            f"schedule.warmup_steps = {s.warmup_steps}: legal: fewer than the {decay_steps} steps of the schedule"
+        )
     if s.kind == "wsd" and (s.wsd_decay_steps or 1) > decay_steps - s.warmup_steps:
-        raise ConfigError(f"schedule.wsd_decay_steps = {s.wsd_decay_steps}: legal: at most the "
-                          f"{decay_steps - s.warmup_steps} steps after the warm-up")
+        raise ConfigError(
+            f"schedule.wsd_decay_steps = {s.wsd_decay_steps}: legal: at most the "
+            f"{decay_steps - s.warmup_steps} steps after the warm-up"
+        )
     per_split = d.train_paths or d.valid_paths or d.test_paths
     if d.paths and per_split:
         raise ConfigError("data.paths and data.train_paths/valid_paths/test_paths are both set; legal: one of the two")
     for name in ("", "train_", "valid_", "test_"):
         paths, weights = getattr(d, f"{name}paths"), getattr(d, f"{name}weights")
         if weights and len(weights) != len(paths):
-            raise ConfigError(f"data.{name}weights has {len(weights)} entries for the {len(paths)} of data.{name}paths; "
-                              "legal: as many, or none")
+            raise ConfigError(
+                f"data.{name}weights has {len(weights)} entries for the {len(paths)} of data.{name}paths; "
+                "legal: as many, or none"
+            )
         if any(weight <= 0 for weight in weights):
             raise ConfigError(f"data.{name}weights = {weights}: legal: positive numbers")
     if d.tokenizer.kind == "byte" and d.tokenizer.path:

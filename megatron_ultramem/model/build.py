@@ -41,8 +41,10 @@ def build_chunks(
         backend: 'local' or 'transformer_engine'.
     """
     megatron_config = transformer_config(config, backend)
-    chunks = [_build_chunk(config, megatron_config, stage, vocab_size, backend, device)
-              for stage in range(config.parallel.virtual_pipeline_stages)]
+    chunks = [
+        _build_chunk(config, megatron_config, stage, vocab_size, backend, device)
+        for stage in range(config.parallel.virtual_pipeline_stages)
+    ]
     initialize(chunks, config.train.seed, linear_std(config))
     refresh_all(layer.retrieval for layer in memory_layers(chunks))
     return megatron_config, chunks
@@ -59,7 +61,11 @@ def value_pools(chunks: list[GPTModel]) -> list[ValuePool]:
 
 
 def _build_chunk(
-    config: Config, megatron_config: TransformerConfig, virtual_stage: int, vocab_size: int, backend: str,
+    config: Config,
+    megatron_config: TransformerConfig,
+    virtual_stage: int,
+    vocab_size: int,
+    backend: str,
     device: torch.device,
 ) -> GPTModel:
     m, p = config.model, config.parallel
@@ -69,14 +75,24 @@ def _build_chunk(
     layers = [layer for layer, place in enumerate(stages) if place == home]
     groups = ProcessGroupCollection.use_mpu_process_groups()
     pools = [pool for pool in plan_pools(m) if stages[pool.layers[0]] == home]
-    tables = {pool.index: ValuePool(m.memory, pool, hidden_size=m.hidden_size, num_layers=m.num_layers,
-                                    ffn_ratio=m.ffn_hidden_size / m.hidden_size, dtype=dtype_of(config), device=device)
-              for pool in pools}
+    tables = {
+        pool.index: ValuePool(
+            m.memory,
+            pool,
+            hidden_size=m.hidden_size,
+            num_layers=m.num_layers,
+            ffn_ratio=m.ffn_hidden_size / m.hidden_size,
+            dtype=dtype_of(config),
+            device=device,
+        )
+        for pool in pools
+    }
     vp_stage = virtual_stage if p.virtual_pipeline_stages > 1 else None
     model = GPTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(config, range(layers[0], layers[-1] + 1), tables, backend,
-                                          grouped_gemm=megatron_config.moe_grouped_gemm),
+        transformer_layer_spec=block_spec(
+            config, range(layers[0], layers[-1] + 1), tables, backend, grouped_gemm=megatron_config.moe_grouped_gemm
+        ),
         vocab_size=padded_vocab_size(config, vocab_size),
         max_sequence_length=m.max_sequence_length,
         pre_process=home == (0, 0),

@@ -36,7 +36,7 @@ class FeedForwardWithMemory(MegatronModule):
         super().__init__(config=config)
         # Up to 0.17 Megatron gives process groups only to the classes it knows.
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.ffn = build_ffn(ffn, config, groups, is_mtp_layer)
+        self.ffn: Any = build_ffn(ffn, config, groups, is_mtp_layer)
         self.memory = memory(groups)
         for param in self.memory.parameters():
             # Every tensor-parallel rank holds its own tokens: their gradients must be summed.

@@ -41,5 +41,11 @@ def initialize(chunks: Iterable[MegatronModule], seed: int, std: float) -> None:
                     continue
                 rule = Normal(std)
             place = "".join(f"[{index}]" for index in shard.global_offset[:prepended])
-            fill_(shard.data, rule, seed, shard.key + place, global_shape=tuple(shard.global_shape[prepended:]),
-                  offset=tuple(shard.global_offset[prepended:]))
+            fill_(
+                shard.data,
+                rule,
+                seed,
+                shard.key + place,
+                global_shape=tuple(shard.global_shape[prepended:]),
+                offset=tuple(shard.global_offset[prepended:]),
+            )

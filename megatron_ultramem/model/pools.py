@@ -24,16 +24,14 @@ class PoolBank(MegatronModule):
 
     def __init__(self, config: Any, pools: list[ValuePool], pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
-        self.pools = torch.nn.ModuleDict({str(pool.pool.index): pool for pool in pools})
+        for pool in pools:
+            self.add_module(str(pool.pool.index), pool)
         self._replica = torch.distributed.get_rank(pg_collection.expt_dp)
         for param in self.parameters():
-            param.allreduce = False  # type: ignore[attr-defined]
-            param.is_value_table = True  # type: ignore[attr-defined]  # a learning rate of its own
+            param.allreduce = False
+            param.is_value_table = True  # a learning rate of its own
             # Otherwise the gradient norm counts the table on tensor-parallel rank 0 alone.
             tensor_parallel.set_tensor_model_parallel_attributes(param, True, 0, 1)
-
-    def __iter__(self) -> Any:
-        return iter(self.pools.values())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -41,7 +39,11 @@ class PoolBank(MegatronModule):
         """Replicated tables: one saved copy, keyed by the number of the pool."""
         return {
             prefix + name: ShardedTensor.from_rank_offsets(
-                prefix + name, param, *sharded_offsets, replica_id=(0, 0, self._replica),
-                prepend_axis_num=len(sharded_offsets))
+                prefix + name,
+                param,
+                *sharded_offsets,
+                replica_id=(0, 0, self._replica),
+                prepend_axis_num=len(sharded_offsets),
+            )
             for name, param in self.named_parameters()
         }

@@ -76,14 +76,17 @@ def _layer_spec(
         if not moe:
             # Memory reads the normalised input too, so the norm must not be fused into the FFN's first linear.
             sub.pre_mlp_layernorm = norm
-            ffn = dense_mlp_slot(MLPSubmodules(linear_fc1=provider.column_parallel_linear(),
-                                               linear_fc2=provider.row_parallel_linear()))
+            ffn = dense_mlp_slot(
+                MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+            )
         build = functools.partial(_build_memory, config, layer, pool, tables[pool.index])
         sub.mlp = mlp_slot(FeedForwardWithMemory, ffn=ffn, memory=build)
     return spec
 
 
-def _build_memory(config: Config, layer: int, pool: Pool, table: ValuePool, groups: ProcessGroupCollection) -> UltraMemV2:
+def _build_memory(
+    config: Config, layer: int, pool: Pool, table: ValuePool, groups: ProcessGroupCollection
+) -> UltraMemV2:
     m = config.model
     return UltraMemV2(
         m.memory,

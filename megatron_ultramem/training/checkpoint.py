@@ -82,8 +82,10 @@ def check_writable(folder: Path) -> None:
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"checkpoint folder {folder} cannot be written: {error.strerror or error}; "
-                              "legal: checkpoint.dir on a writable file system") from None
+        raise CheckpointError(
+            f"checkpoint folder {folder} cannot be written: {error.strerror or error}; "
+            "legal: checkpoint.dir on a writable file system"
+        ) from None
 
 
 class CheckpointManager:
@@ -122,8 +124,11 @@ class CheckpointManager:
         state.update(contents.training_state(state, self.optimizer, loading=False))
         state["scheduler"] = self.scheduler.state_dict()
         request = dist_checkpointing.save(
-            state, str(draft), async_sharded_save=self._queue is not None,
-            content_metadata={**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA})
+            state,
+            str(draft),
+            async_sharded_save=self._queue is not None,
+            content_metadata={**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA},
+        )
         if self._queue is None:
             self._publish(draft, target, description)
         else:
@@ -165,7 +170,8 @@ class CheckpointManager:
         if (run["vocab_size"], run["tokenizer"]) != (self.vocab_size, self.tokenizer):
             raise CheckpointError(
                 f"checkpoint {folder} was trained with another tokenizer (vocabulary {run['vocab_size']}, "
-                f"{run['tokenizer']}) than data.tokenizer (vocabulary {self.vocab_size}, {self.tokenizer})")
+                f"{run['tokenizer']}) than data.tokenizer (vocabulary {self.vocab_size}, {self.tokenizer})"
+            )
         whole = self.config.checkpoint.load_optimizer
         with_rng = run["layout"] == contents.layout(self.config)
         state: dict[str, Any] = contents.model_state(self.model)
@@ -188,10 +194,17 @@ class CheckpointManager:
 
     def _describe(self, position: Position) -> str:
         """Contents of run.json."""
-        return json.dumps({
-            **vars(position), "tokenizer": self.tokenizer, "vocab_size": self.vocab_size,
-            "layout": contents.layout(self.config), "versions": contents.versions(),
-            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=2)
+        return json.dumps(
+            {
+                **vars(position),
+                "tokenizer": self.tokenizer,
+                "vocab_size": self.vocab_size,
+                "layout": contents.layout(self.config),
+                "versions": contents.versions(),
+                "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+            indent=2,
+        )
 
     def _publish(self, draft: Path, target: Path, description: str) -> None:
         self._on_rank_0(lambda: self._complete(draft, target, description), f"checkpoint {target} cannot be written")

@@ -42,7 +42,9 @@ def training_state(
     """Optimizer and RNG state to save or to load beside `model` (of `model_state`)."""
     metadata = {**MODEL_METADATA, **OPTIMIZER_METADATA}
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = {"optimizer": optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata={**metadata, **groups})}
+    state = {
+        "optimizer": optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata={**metadata, **groups})
+    }
     if with_rng:
         state["rng"] = _rng_state()
     return state
@@ -71,8 +73,9 @@ def _rng_state() -> ShardedObject:
         "cuda": torch.cuda.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
-    return ShardedObject("rng", state, shape, (pp, tp),
-                         replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True))
+    return ShardedObject(
+        "rng", state, shape, (pp, tp), replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    )
 
 
 def layout(config: Config) -> dict[str, int]:
@@ -89,15 +92,31 @@ def check_same_model(config: Config, folder: Path) -> None:
     """Raises CheckpointError naming every model setting in which the checkpoint differs from this run."""
     saved = load_config(folder / "config.yaml", check=False)
     # Settings that change how the model is computed but not what it is.
-    free = {"model.backend", "model.hidden_dropout", "model.attention_dropout", "model.max_sequence_length",
-            "model.init_std", "model.memory.recompute", "model.memory.lookup_backend", "model.memory.init",
-            "model.memory.balance_loss_coeff", "model.memory.tucker_penalty_coeff",
-            "model.memory.tucker_penalty_threshold", "model.moe.aux_loss_coeff", "model.moe.z_loss_coeff",
-            "model.moe.dispatcher", "model.moe.grouped_gemm", "model.vocab_size"}
+    free = {
+        "model.backend",
+        "model.hidden_dropout",
+        "model.attention_dropout",
+        "model.max_sequence_length",
+        "model.init_std",
+        "model.memory.recompute",
+        "model.memory.lookup_backend",
+        "model.memory.init",
+        "model.memory.balance_loss_coeff",
+        "model.memory.tucker_penalty_coeff",
+        "model.memory.tucker_penalty_threshold",
+        "model.moe.aux_loss_coeff",
+        "model.moe.z_loss_coeff",
+        "model.moe.dispatcher",
+        "model.moe.grouped_gemm",
+        "model.vocab_size",
+    }
     mine = {name: value for name, value, _ in walk(config) if name.startswith("model.") and name not in free}
     theirs = {name: value for name, value, _ in walk(saved)}
-    different = [f"{name}: checkpoint {theirs.get(name)!r}, config {value!r}"
-                 for name, value in mine.items() if theirs.get(name) != value]
+    different = [
+        f"{name}: checkpoint {theirs.get(name)!r}, config {value!r}"
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]
     if different:
         raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(different))
 
@@ -113,14 +132,20 @@ def load_sharded(state: dict[str, Any], folder: Path, *, whole: bool) -> dict[st
     """
     try:
         loaded, missing, unexpected = dist_checkpointing.load(
-            state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL)
+            state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
+        )
     except (CheckpointingException, RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {reason[0] if reason else error!r}") from error
     left_over = {key for key in missing if whole or not key.startswith(("optimizer", "chained", "rng"))}
-    problems = [f"{what}: {', '.join(sorted(keys)[:8])}{' …' if len(keys) > 8 else ''}"
-                for what, keys in (("the checkpoint has, this run has not", left_over),
-                                   ("this run has, the checkpoint has not", set(unexpected))) if keys]
+    problems = [
+        f"{what}: {', '.join(sorted(keys)[:8])}{' …' if len(keys) > 8 else ''}"
+        for what, keys in (
+            ("the checkpoint has, this run has not", left_over),
+            ("this run has, the checkpoint has not", set(unexpected)),
+        )
+        if keys
+    ]
     if problems:
         raise CheckpointError(f"checkpoint {folder} does not fit this run: " + "; ".join(problems))
     return loaded

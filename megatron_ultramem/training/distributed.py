@@ -28,10 +28,12 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(
-            platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None)
+            platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None
+        )
     else:
         torch.distributed.init_process_group(
-            platform.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+            platform.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     initialize_model_parallel(config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import TrainingError
 from megatron_ultramem.planning.devices import peak_bf16_flops
 from megatron_ultramem.planning.flops import flops_per_token
+from megatron_ultramem.training.data import BatchIterator
 from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
 from megatron_ultramem.training.memory_hooks import begin_step
@@ -85,10 +86,14 @@ def train_step(run: Run) -> Metrics:
 
     batch_size.update_num_microbatches(run.position.consumed_samples, consistency_check=True)
     num_microbatches = batch_size.get_num_microbatches()
-    start = run.position.consumed_samples
     totals = forward_backward(
-        run.config, run.megatron_config, run.chunks, lambda chunk: run.train_data[chunk].step(start, num_microbatches),
-        num_microbatches, run.platform.device)
+        run.config,
+        run.megatron_config,
+        run.chunks,
+        _micro_batches(run.train_data, run.position.consumed_samples, num_microbatches),
+        num_microbatches,
+        run.platform.device,
+    )
     loss_sum, tokens = totals.all_ranks.tolist()  # the one wait for the device in a step
     if not math.isfinite(loss_sum):
         _stop_for_loss(run, totals)
@@ -96,8 +101,10 @@ def train_step(run: Run) -> Metrics:
     run.scheduler.step(1)
     updated, grad_norm, _ = run.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
-        raise TrainingError(f"step {run.position.step + 1}: the gradient norm is {grad_norm} though the loss is finite; "
-                            f"last good checkpoint: {run.checkpoints.last_saved or 'none'}")
+        raise TrainingError(
+            f"step {run.position.step + 1}: the gradient norm is {grad_norm} though the loss is finite; "
+            f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
+        )
 
     samples = batch_size.get_current_global_batch_size()
     run.position.step += 1
@@ -128,14 +135,26 @@ def evaluate(run: Run) -> float:
         for chunk in run.chunks:
             chunk.eval()
         for index in range(config.train.eval_steps):
-            start = index * per_step
             totals += forward_backward(
-                config, run.megatron_config, run.chunks, lambda chunk, start=start: data[chunk].step(start, num_microbatches),
-                num_microbatches, run.platform.device, forward_only=True).all_ranks
+                config,
+                run.megatron_config,
+                run.chunks,
+                _micro_batches(data, index * per_step, num_microbatches),
+                num_microbatches,
+                run.platform.device,
+                forward_only=True,
+            ).all_ranks
         for chunk in run.chunks:
             chunk.train()
     loss_sum, tokens = totals.tolist()
     return float(loss_sum / max(tokens, 1.0))
+
+
+def _micro_batches(
+    iterators: list[BatchIterator], consumed_samples: int, count: int
+) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
+    """The next `count` micro-batches, for each model chunk from its own iterator."""
+    return lambda chunk: iterators[chunk].step(consumed_samples, count)
 
 
 @contextmanager
@@ -156,14 +175,18 @@ def _stop_for_loss(run: Run, totals: LossTotals) -> None:
     ranks = ", ".join(str(rank) for rank, is_bad in enumerate(bad) if is_bad) or "none alone, but in the sum"
     raise TrainingError(
         f"step {run.position.step + 1}: the loss is {float(totals.all_ranks[0])} (rank {ranks}); nothing was updated; "
-        f"last good checkpoint: {run.checkpoints.last_saved or 'none'}")
+        f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
+    )
 
 
 def _memory_health(probe: MemoryHealthProbe) -> Metrics:
     return probe.collect(
-        data_groups=[parallel_state.get_data_parallel_group(with_context_parallel=True),
-                     parallel_state.get_tensor_model_parallel_group()],
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group())
+        data_groups=[
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_tensor_model_parallel_group(),
+        ],
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
 
 
 def _due(step: int, interval: int, last_step: int | None = None) -> bool:
@@ -180,6 +203,8 @@ def _throughput(run: Run) -> Throughput:
 def _opening(run: Run) -> str:
     p = run.config.parallel
     where = f"resuming after step {run.position.step}" if run.position.step else "starting"
-    return (f"{where} in {run.config.train.run_dir}: {torch.distributed.get_world_size()} ranks on "
-            f"{run.platform.device.type} (TP {p.tensor_parallel_size}, PP {p.pipeline_parallel_size}, DP "
-            f"{parallel_state.get_data_parallel_world_size()}), {run.config.train.precision}")
+    return (
+        f"{where} in {run.config.train.run_dir}: {torch.distributed.get_world_size()} ranks on "
+        f"{run.platform.device.type} (TP {p.tensor_parallel_size}, PP {p.pipeline_parallel_size}, DP "
+        f"{parallel_state.get_data_parallel_world_size()}), {run.config.train.precision}"
+    )

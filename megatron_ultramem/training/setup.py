@@ -72,9 +72,22 @@ def set_up(config: Config) -> Run:
     optimizer, scheduler = build_optimizer(config, chunks)
     _connect(config, megatron_config, chunks, optimizer)
     checkpoints = CheckpointManager(
-        config, model, optimizer, scheduler, tokenizer=tokenizer.identity, vocab_size=vocab_size)
-    run = Run(config, platform, tokenizer, megatron_config, model, chunks, hooks, optimizer, scheduler, checkpoints,
-              train_data, valid_data)
+        config, model, optimizer, scheduler, tokenizer=tokenizer.identity, vocab_size=vocab_size
+    )
+    run = Run(
+        config,
+        platform,
+        tokenizer,
+        megatron_config,
+        model,
+        chunks,
+        hooks,
+        optimizer,
+        scheduler,
+        checkpoints,
+        train_data,
+        valid_data,
+    )
     run.position = checkpoints.resume()
     _set_batch_size(config, run.position.consumed_samples)
     return run
@@ -84,13 +97,17 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
     """model.vocab_size, or the tokenizer's; raises ConfigError if the tokenizer's ids would not fit."""
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size = {wanted} is smaller than the tokenizer's {tokenizer.vocab_size} tokens; "
-                          "legal: at least that, or null")
+        raise ConfigError(
+            f"model.vocab_size = {wanted} is smaller than the tokenizer's {tokenizer.vocab_size} tokens; "
+            "legal: at least that, or null"
+        )
     return wanted or tokenizer.vocab_size
 
 
 def _connect(
-    config: Config, megatron_config: TransformerConfig, chunks: list[DistributedDataParallel],
+    config: Config,
+    megatron_config: TransformerConfig,
+    chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
 ) -> None:
     """Tells Megatron's schedules how to scale the loss, when to synchronise and how to finish the gradients."""
@@ -105,15 +122,27 @@ def _build_data(
     config: Config, tokenizer: Tokenizer, *, dense_mask: bool
 ) -> tuple[list[BatchIterator], list[BatchIterator] | None]:
     counts = sample_counts(config)
-    datasets = build_datasets(config, tokenizer, train_samples=counts.train, valid_samples=counts.valid,
-                              test_samples=0, is_built_on_rank=lambda: True)
+    datasets = build_datasets(
+        config,
+        tokenizer,
+        train_samples=counts.train,
+        valid_samples=counts.valid,
+        test_samples=0,
+        is_built_on_rank=lambda: True,
+    )
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     assert datasets.train is not None
 
     def iterators(dataset: torch.utils.data.Dataset) -> list[BatchIterator]:
         return [
-            BatchIterator(dataset, config.train.micro_batch_size, rank, size, config.data.num_workers,
-                          dense_attention_mask=dense_mask)
+            BatchIterator(
+                dataset,
+                config.train.micro_batch_size,
+                rank,
+                size,
+                config.data.num_workers,
+                dense_attention_mask=dense_mask,
+            )
             for _ in range(config.parallel.virtual_pipeline_stages)
         ]
 
@@ -124,6 +153,10 @@ def _set_batch_size(config: Config, consumed_samples: int) -> None:
     """Megatron's calculator of micro-batches, with the batch-size ramp-up."""
     batch_size.destroy_num_microbatches_calculator()
     batch_size.init_num_microbatches_calculator(
-        torch.distributed.get_rank(), config.train.rampup_batch_size or None, config.train.global_batch_size,
-        config.train.micro_batch_size, parallel_state.get_data_parallel_world_size())
+        torch.distributed.get_rank(),
+        config.train.rampup_batch_size or None,
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+    )
     batch_size.update_num_microbatches(consumed_samples, consistency_check=False)

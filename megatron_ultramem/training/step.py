@@ -100,8 +100,9 @@ def _packed_documents(batch: Batch, device: torch.device) -> PackedSeqParams | N
         return None
     for name in ("tokens", "labels", "loss_mask", "position_ids"):
         batch[name] = batch[name].reshape(1, -1)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest,
-                           max_seqlen_kv=longest)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _set_auxiliary_scale(

@@ -40,22 +40,34 @@ MODELS = {
     "block": ["model.memory.sharing=block", "model.memory.share_size=2"],
     "deep_block": ["model.num_layers=8", "model.memory.sharing=block", "model.memory.share_size=2"],
     "ring_with_losses_and_masks": [
-        "model.memory.sharing=ring", "model.memory.share_size=2", "model.memory.pool_size=4",
-        "model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1",
-        "model.memory.tucker_penalty_threshold=0.0", "model.tie_embeddings=false", "model.memory.activation=gelu",
-        "data.mask_document_boundaries=true", "data.reset_position_ids=true", "data.mask_eod_loss=true",
+        "model.memory.sharing=ring",
+        "model.memory.share_size=2",
+        "model.memory.pool_size=4",
+        "model.memory.balance_loss_coeff=0.01",
+        "model.memory.tucker_penalty_coeff=0.1",
+        "model.memory.tucker_penalty_threshold=0.0",
+        "model.tie_embeddings=false",
+        "model.memory.activation=gelu",
+        "data.mask_document_boundaries=true",
+        "data.reset_position_ids=true",
+        "data.mask_eod_loss=true",
     ],
     "moe_memory_dense": [
-        "model.memory.layers=1-2", "model.memory.sharing=none", "model.moe.layers=2-3", "model.moe.num_experts=4",
-        "model.moe.top_k=2", "model.moe.ffn_hidden_size=32", "model.moe.aux_loss_coeff=0",
+        "model.memory.layers=1-2",
+        "model.memory.sharing=none",
+        "model.moe.layers=2-3",
+        "model.moe.num_experts=4",
+        "model.moe.top_k=2",
+        "model.moe.ffn_hidden_size=32",
+        "model.moe.aux_loss_coeff=0",
     ],
 }
 CASES = [("deep_block" if layout == "pp2_interleaved" else "block", layout) for layout in LAYOUTS]
 CASES += [("ring_with_losses_and_masks", layout) for layout in ("tp2", "dp2", "recompute_full", "recompute_memory")]
 CASES += [("moe_memory_dense", layout) for layout in ("tp2", "pp2", "dp2", "tp2_plain_optimizer")]
-FAST = {("block", name) for name in ("tp2", "pp2", "dp2", "dp2_plain_optimizer", "dp2_overlap",
-                                     "tp2_pp2", "recompute_full")} | {("moe_memory_dense", "tp2"), ("deep_block", "pp2_interleaved"),
-                                                                     ("ring_with_losses_and_masks", "tp2")}
+FAST = {
+    ("block", name) for name in ("tp2", "pp2", "dp2", "dp2_plain_optimizer", "dp2_overlap", "tp2_pp2", "recompute_full")
+} | {("moe_memory_dense", "tp2"), ("deep_block", "pp2_interleaved"), ("ring_with_losses_and_masks", "tp2")}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +86,8 @@ def one_rank(pool: WorkerPool, small_run: list[str]) -> dict[str, dict]:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [pytest.param(*case, id="-".join(case), marks=[] if case in FAST else pytest.mark.slow) for case in CASES])
+    [pytest.param(*case, id="-".join(case), marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
+)
 def test_training_equals_one_rank(
     pool: WorkerPool, small_run: list[str], one_rank, tmp_path: Path, model: str, layout: str
 ) -> None:

@@ -39,8 +39,13 @@ class WorkerPool:
         """Results of `job(*args, **kwargs)` on `ranks` ranks; raises JobFailed with the first rank's traceback."""
         port = str(free_port())
         for rank, (_, pipe) in enumerate(self._workers[:ranks]):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             pipe.send((environment, job, args, kwargs))
         answers = []
         for rank, (_, pipe) in enumerate(self._workers[:ranks]):
