@@ -44,8 +44,6 @@ setup(
             "pytest-xdist",
             "ruff",
             "mypy",
-            "types-PyYAML",
-            "types-psutil",
             "triton",
             "tokenizers",
             "sentencepiece",

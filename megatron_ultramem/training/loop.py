@@ -90,7 +90,7 @@ def train_step(run: Run) -> Metrics:
         run.config,
         run.megatron_config,
         run.chunks,
-        _micro_batches(run.train_data, run.position.consumed_samples, num_microbatches),
+        micro_batches(run.train_data, run.position.consumed_samples, num_microbatches),
         num_microbatches,
         run.platform.device,
     )
@@ -139,7 +139,7 @@ def evaluate(run: Run) -> float:
                 config,
                 run.megatron_config,
                 run.chunks,
-                _micro_batches(data, index * per_step, num_microbatches),
+                micro_batches(data, index * per_step, num_microbatches),
                 num_microbatches,
                 run.platform.device,
                 forward_only=True,
@@ -150,7 +150,7 @@ def evaluate(run: Run) -> float:
     return float(loss_sum / max(tokens, 1.0))
 
 
-def _micro_batches(
+def micro_batches(
     iterators: list[BatchIterator], consumed_samples: int, count: int
 ) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
     """The next `count` micro-batches, for each model chunk from its own iterator."""

@@ -27,10 +27,10 @@ class WorkerPool:
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
-        for _ in range(size):
+        for rank in range(size):
             ours, theirs = context.Pipe()
             # Not daemons: checkpoint writers start processes of their own.
-            process = context.Process(target=_serve, args=(theirs,))
+            process = context.Process(target=_serve, args=(theirs, rank))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -72,8 +72,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _serve(pipe: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _serve(pipe: Connection, rank: int) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", LOCAL_RANK=str(rank))
     import torch
 
     torch.set_num_threads(1)

@@ -1,0 +1,91 @@
+"""Benchmark results as files: one format for everything that this project quotes.
+
+{"benchmark", "hardware", "versions": {}, "commit", "date", "command", "rows": [{"case", "metric", "value", "unit"}]}
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure."""
+
+    case: str
+    metric: str
+    value: float
+    unit: str
+
+
+def hardware_name() -> str:
+    """Name of the GPU as CUDA gives it, or 'CPU'."""
+    if not torch.cuda.is_available():
+        return "CPU"
+    count = torch.cuda.device_count()
+    return (f"{count} x " if count > 1 else "") + torch.cuda.get_device_name()
+
+
+def short_hardware_name() -> str:
+    """For file names: h100, h200, a100, cpu, …; with x2 behind it for two."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    found = re.search(r"[A-Z]+\d+", torch.cuda.get_device_name().replace("NVIDIA", ""))
+    count = torch.cuda.device_count()
+    return (found[0].lower() if found else "gpu") + (f"x{count}" if count > 1 else "")
+
+
+def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_other_cases: bool = True) -> Path:
+    """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay."""
+    path = folder / f"{benchmark}_{short_hardware_name()}.json"
+    measured = {row.case for row in rows}
+    kept = []
+    if keep_other_cases and path.exists():
+        kept = [row for row in json.loads(path.read_text())["rows"] if row["case"] not in measured]
+    content = {
+        "benchmark": benchmark,
+        "hardware": hardware_name(),
+        "versions": _versions(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.argv]),
+        "rows": kept + [asdict(row) for row in rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _commit() -> str:
+    """The commit, from git or, where the tree travels without it, from the variable COMMIT."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")

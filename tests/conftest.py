@@ -1,0 +1,26 @@
+"""Tests run on the CPU, on any machine, but for those that are selected with `-m gpu`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    selected = config.getoption("markexpr") or ""
+    if "gpu" not in selected or "not gpu" in selected:
+        # Before torch looks: process groups of four ranks must not depend on how many GPUs there are.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not _has_gpu(), reason="needs a CUDA GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Trains a recipe for some steps and measures it: speed, memory, and whether the loss falls.
+
+    python tools/bench_training.py --config examples/configs/ultramemv2_227m_1b.yaml data.paths='[data/corpus]'
+
+`tokens_per_s` counts forward and backward alone, `tokens_per_s_with_optimizer` whole steps of 8 micro-batches;
+`gpu_busy_ms` is the time that the GPU computes in one forward and backward, from the profiler. The case is the name of
+the config file. Results go to benchmarks/results/training_<hardware>.json. Start it with torchrun for several ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.errors import UserError
+from megatron_ultramem.platform import prepare
+from megatron_ultramem.quiet import quiet_dependencies
+from megatron_ultramem.results import Row, write_results
+
+MICRO_BATCHES = 8  # per optimizer step
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=50, help="steps of training (default 50)")
+    parser.add_argument("--warmup-steps", type=int, default=10, help="of the learning rate (default 10)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
+    args = parser.parse_args()
+    quiet_dependencies()
+    try:
+        config = load_config(args.config, [*_benchmark_settings(args), *args.overrides])
+        prepare(config.train.device)
+        rows = measure(config, args.config.stem)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if rows:
+        table = Table("metric", "value", "unit", title=args.config.stem)
+        for row in rows:
+            table.add_row(row.metric, f"{row.value:,.4g}" if row.value < 1000 else f"{row.value:,.0f}", row.unit)
+        Console().print(table)
+        print(write_results(args.output, "training", rows))
+    return 0
+
+
+def _benchmark_settings(args: argparse.Namespace) -> list[str]:
+    micro = load_config(args.config, check=False).train.micro_batch_size
+    return [
+        f"train.steps={args.steps}", f"schedule.warmup_steps={args.warmup_steps}", "checkpoint.load=none",
+        f"train.global_batch_size={micro * MICRO_BATCHES}", "train.eval_steps=0",
+    ]  # fmt: skip
+
+
+def measure(config: Config, case: str) -> list[Row]:
+    """Rows of one recipe; empty on all ranks but the first."""
+    from megatron_ultramem.training.distributed import destroy_distributed
+    from megatron_ultramem.training.loop import train_step
+    from megatron_ultramem.training.setup import set_up
+
+    run = set_up(config)
+    device = run.platform.device
+    losses, norms, seconds = [], [], []
+    for _ in range(config.train.steps):
+        _wait(device)
+        began = time.perf_counter()
+        metrics = train_step(run)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+        losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    step_seconds = sorted(seconds[2:])[len(seconds[2:]) // 2]
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if run.platform.is_cuda else 0.0
+    forward_backward_seconds = _forward_backward_seconds(run)
+    flops = _flops_per_token(run)
+    ranks = torch.distributed.get_world_size()
+    rows = [
+        Row(case, "tokens_per_s", tokens / forward_backward_seconds, "tokens/s"),
+        Row(case, "tokens_per_s_with_optimizer", tokens / step_seconds, "tokens/s"),
+        Row(case, "tflops", tokens / forward_backward_seconds * flops / ranks / 1e12, "TFLOP/s per GPU"),
+        Row(case, "peak_gib", peak, "GiB"),
+        Row(case, "step_ms", step_seconds * 1e3, "ms"),
+        *(Row(case, f"loss_step_{step}", losses[step - 1], "nats/token")
+          for step in sorted({1, config.train.steps, *range(10, config.train.steps, 10)})),
+        Row(case, "grad_norm_last", norms[-1], ""),
+    ]  # fmt: skip
+    if run.platform.is_cuda:
+        rows.append(Row(case, "gpu_busy_ms", _gpu_busy_ms(run) / MICRO_BATCHES, "ms per micro-batch"))
+    is_main = run.is_main
+    destroy_distributed()
+    return rows if is_main else []
+
+
+def _forward_backward(run) -> None:
+    from megatron_ultramem.training.loop import micro_batches
+    from megatron_ultramem.training.memory_hooks import begin_step
+    from megatron_ultramem.training.step import forward_backward
+
+    begin_step(run.memory_hooks)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    count = run.config.train.global_batch_size // run.config.train.micro_batch_size // _data_parallel_size()
+    forward_backward(run.config, run.megatron_config, run.chunks, micro_batches(run.train_data, 0, count), count,
+                     run.platform.device)  # fmt: skip
+
+
+def _forward_backward_seconds(run, repeats: int = 5) -> float:
+    """Median seconds of one forward and backward over a global batch, gradient reduction included."""
+    seconds = []
+    for _ in range(repeats):
+        _wait(run.platform.device)
+        began = time.perf_counter()
+        _forward_backward(run)
+        _wait(run.platform.device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[repeats // 2]
+
+
+def _gpu_busy_ms(run) -> float:
+    """Time in which at least one kernel ran, over one global batch."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        _forward_backward(run)
+        _wait(run.platform.device)
+    spans = sorted((event.time_range.start, event.time_range.end) for event in trace.events()
+                   if event.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    busy, reached = 0.0, float("-inf")
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return busy / 1e3
+
+
+def _flops_per_token(run) -> float:
+    from megatron_ultramem.planning.flops import flops_per_token
+
+    config = run.config
+    return flops_per_token(config.model, run.checkpoints.vocab_size, config.data.sequence_length).training
+
+
+def _data_parallel_size() -> int:
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
