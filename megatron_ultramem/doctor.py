@@ -95,9 +95,7 @@ def _software() -> list[Finding]:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
         effect = "collectives between GPUs" if nccl else "no training on more than one GPU"
         findings.append(Finding(group, "NCCL", OK if nccl else PROBLEM, nccl or "not in this torch", effect))
-        cudnn = torch.backends.cudnn.version()
-        effect = "fused attention of Transformer Engine" if cudnn else "Transformer Engine lacks its fused attention"
-        findings.append(Finding(group, "cuDNN", OK if cudnn else ABSENT, str(cudnn or "not found"), effect))
+        findings.append(_cudnn(group))
     megatron = version_of("megatron-core")
     effect = "layers, parallelism, optimizer, checkpoints" if megatron else "`ultramem train` and `generate` do not run"
     findings.append(Finding(group, "Megatron-Core", OK if megatron else PROBLEM, megatron or "not installed", effect))
@@ -163,6 +161,15 @@ _PACKAGES = (
         "logging.wandb_mode must stay disabled",
     ),
 )
+
+
+def _cudnn(group: str) -> Finding:
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError as error:  # two cuDNNs on one machine: what was loaded is not what torch was built with
+        return Finding(group, "cuDNN", PROBLEM, str(error).split(". ")[0], "attention may fail: see LD_LIBRARY_PATH")
+    effect = "fused attention of Transformer Engine" if version else "Transformer Engine lacks its fused attention"
+    return Finding(group, "cuDNN", OK if version else ABSENT, str(version or "not found"), effect)
 
 
 def _optional_packages() -> list[Finding]:

@@ -26,14 +26,10 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
     world_size = world_size_from_environment()
     validate_world(config, world_size)
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(
-            platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None
-        )
-    else:
-        torch.distributed.init_process_group(
-            platform.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+    alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group(
+        platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None, **alone
+    )
     initialize_model_parallel(config)
 
 

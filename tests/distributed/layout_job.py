@@ -60,7 +60,7 @@ def shards(run: Run) -> Shards:
     state = model_state(run.model)
     apply_factories(state)
     return [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().numpy().copy())
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().cpu().numpy().copy())
         for shard in nested_values(state)
         if isinstance(shard, ShardedTensor) and shard.data.is_floating_point()
     ]
