@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ultramem.errors import CheckpointError, ConfigError, TrainingError, UserError
+from megatron_ultramem.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,11 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = args.run(args)
         return code or 0
     except UserError as error:
-        # These are raised alike on every rank; one of them is enough to read.
-        alike = isinstance(error, (ConfigError, CheckpointError, TrainingError))
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not alike:
-            print(f"error{'' if alike else f' [rank {rank}]'}: {error}", file=sys.stderr, flush=True)
+        rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if rank == "0" or not error.on_every_rank:
+            where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}]"
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -6,7 +6,8 @@ Call `platform.prepare()` before importing it: it imports megatron.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import megatron.core
@@ -51,6 +52,7 @@ def install_adam_checkpoint_fix() -> None:
     if not mcore_optimizer.USING_PYTORCH_OPTIMIZER or hasattr(optimizer.sharded_state_dict, "knows_torch_adam"):
         return
     original_state_dict: Callable[..., Any] = optimizer.sharded_state_dict
+    original_plain: Callable[..., dict[str, Any]] = optimizer.state_dict
     original_set_states: Callable[..., None] = optimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(original_state_dict)
@@ -59,6 +61,17 @@ def install_adam_checkpoint_fix() -> None:
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return original_state_dict(self, model_state, is_loading, **kwargs)
+
+    @functools.wraps(original_plain)
+    def state_dict(self: Any) -> dict[str, Any]:
+        if self.optimizer.state:
+            return original_plain(self)
+        # No parameter of this kind is on this rank, as value tables on a stage without memory: no AdamW has a step.
+        groups = [
+            {**{name: value for name, value in group.items() if name != "params"}, "step": 0.0}
+            for group in self.optimizer.param_groups
+        ]
+        return {"optimizer": {"param_groups": groups}}
 
     @functools.wraps(original_set_states)
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
@@ -71,8 +84,45 @@ def install_adam_checkpoint_fix() -> None:
             original_set_states(self, model_param, tensors)
 
     sharded_state_dict.knows_torch_adam = True  # type: ignore[attr-defined]
-    optimizer.sharded_state_dict = sharded_state_dict
+    optimizer.sharded_state_dict, optimizer.state_dict = sharded_state_dict, state_dict
     optimizer._set_main_param_and_optimizer_states = set_states
+
+
+@contextmanager
+def padding_kept(optimizer: Any) -> Iterator[None]:
+    """Within it, DistributedOptimizer describes its state for `fully_reshardable` checkpoints with the right numbers.
+
+    Megatron (0.16) lays the buckets of a buffer end to end without the padding between them, and then cuts parameters
+    out of the result at their places in the padded buffer: after the first bucket whose size is not a multiple of its
+    alignment, every parameter would be saved with the state of its neighbours, and the last one cut short.
+    """
+    saved: list[tuple[Any, int]] = []
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for buffer in getattr(chained, "buffers", []):
+            saved += [(part, part.numel_unpadded) for part in (buffer, *buffer.buckets)]
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, numel in saved:
+            part.numel_unpadded = numel
+
+
+def share_step(state: dict[Any, Any]) -> None:
+    """Gives all parts of a chained optimizer's state the same AdamW step. A checkpoint keeps rank 0's alone, and a kind
+    of parameter that rank 0 has none of never stepped there."""
+    parts = [part for part in state.values() if isinstance(part, dict)] if 0 in state else [state]
+    inner = [part.get("optimizer", part) for part in parts]
+    groups = [group for part in inner for group in part["param_groups"] if "step" in group]
+    counters = [part["state"] for part in inner if "state" in part]
+    steps = [group["step"] for group in groups] + [state.get("common_step", 0) for state in counters]
+    latest = max(steps, default=0)
+    for group in groups:
+        group["step"] = latest
+    for counter in counters:
+        counter["common_step"] = latest
 
 
 def separate_step_counters(optimizer: Any) -> None:

@@ -4,9 +4,13 @@
 class UserError(Exception):
     """Something the user can put right. The message names the setting or file, its value, and what would be legal."""
 
+    on_every_rank = False  # raised alike on all ranks, so that one of them is enough to print it
+
 
 class ConfigError(UserError, ValueError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+    on_every_rank = True
 
 
 class DataError(UserError):
@@ -16,6 +20,14 @@ class DataError(UserError):
 class CheckpointError(UserError):
     """A checkpoint cannot be written, is missing or damaged, or belongs to another model."""
 
+    on_every_rank = True
+
 
 class TrainingError(UserError):
     """Training cannot go on (for example a loss that is not finite)."""
+
+    on_every_rank = True
+
+
+class ExchangeError(UserError):
+    """A rank of the memory-parallel group ended or did not answer. Raised by the ranks that are left."""

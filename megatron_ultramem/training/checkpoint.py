@@ -1,35 +1,37 @@
-"""Checkpoint folders: atomic saves (synchronous or not), the newest one, retention, resume.
+"""Saves and loads the checkpoints of a run: synchronous or in the background, atomic, under any layout.
 
-A checkpoint is written as `.saving-step_N` and renamed to `step_N` when every rank has finished, so that a folder with
-that name is always whole: a kill at any moment leaves the one before.
+`checkpoint_folder.py` says what lies on the disk, `checkpoint_state.py` what a checkpoint holds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
-import shutil
+import logging
+import secrets
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ultramem.compat import separate_step_counters
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError
+from megatron_ultramem.model.build import memory_layers
+from megatron_ultramem.training import checkpoint_folder as folders
 from megatron_ultramem.training import checkpoint_state as contents
 
-_NAME = re.compile(r"step_(\d+)")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,53 +41,6 @@ class Position:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
-
-
-def checkpoint_dir(config: Config) -> Path:
-    """Folder of this run's checkpoints."""
-    return Path(config.checkpoint.dir or Path(config.train.run_dir) / "checkpoints")
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint from its own path, a folder of checkpoints, or a run folder (then the newest one there)."""
-    path = Path(path)
-    if (path / "run.json").is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if found := list_checkpoints(folder):
-            return found[-1]
-    raise CheckpointError(f"{path}: no checkpoint there; legal: a step_N folder, a folder of them, or a run folder")
-
-
-def read_run_json(folder: Path) -> dict[str, Any]:
-    """step, consumed_samples, consumed_tokens, tokenizer, vocab_size, layout, versions of a checkpoint."""
-    try:
-        content: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: run.json cannot be read ({error})") from None
-    return content
-
-
-def check_writable(folder: Path) -> None:
-    """Raises CheckpointError before training if checkpoints could not be written to `folder`."""
-    probe = folder / f".write-test-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint folder {folder} cannot be written: {error.strerror or error}; "
-            "legal: checkpoint.dir on a writable file system"
-        ) from None
 
 
 class CheckpointManager:
@@ -109,146 +64,196 @@ class CheckpointManager:
     ) -> None:
         self.config, self.model, self.optimizer, self.scheduler = config, model, optimizer, scheduler
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.folder = checkpoint_dir(config)
+        self.folder = folders.checkpoint_dir(config)
         self.last_saved: Path | None = None
+        self._shuffles = _shuffles(model)
         self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
+        self._in_background: Path | None = None
+
+    def resume(self) -> Position:
+        """Clears away what a killed run left, loads what checkpoint.load asks for, and returns where to go on from."""
+        self._on_rank_0(lambda: folders.remove_leftovers(self.folder), f"checkpoint folder {self.folder}")
+        wanted = folders.wanted_checkpoint(self.config)
+        return Position() if wanted is None else self.load(wanted)
 
     def save(self, position: Position) -> Path:
         """Saves everything that a bitwise resume needs; returns the folder that (once finished) holds it."""
         self.finish(blocking=True)  # one background save at a time
         target = self.folder / f"step_{position.step:08d}"
-        draft = self.folder / f".saving-{target.name}"
-        self._on_rank_0(lambda: _empty_folder(draft), f"checkpoint folder {draft} cannot be written")
-        description = self._describe(position)
+        draft = folders.new_draft(target, _shared_token())
+        self._on_rank_0(lambda: draft.mkdir(parents=True), f"checkpoint folder {draft} cannot be written")
+        record = self._record(position)
         state: dict[str, Any] = contents.model_state(self.model)
         state.update(contents.training_state(state, self.optimizer, loading=False))
-        state["scheduler"] = self.scheduler.state_dict()
-        request = dist_checkpointing.save(
-            state,
-            str(draft),
-            async_sharded_save=self._queue is not None,
-            content_metadata={**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA},
-        )
+
+        def publish() -> None:
+            self._publish(draft, target, record)
+
+        with self._write_errors(target):
+            request = dist_checkpointing.save(
+                state,
+                str(draft),
+                async_sharded_save=self._queue is not None,
+                content_metadata={**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA},
+            )
+            if self._queue is not None:
+                assert isinstance(request, AsyncRequest)
+                request.add_finalize_fn(publish)
+                self._queue.schedule_async_request(request)
+                self._in_background = target
         if self._queue is None:
-            self._publish(draft, target, description)
-        else:
-            assert isinstance(request, AsyncRequest)
-            request.add_finalize_fn(lambda: self._publish(draft, target, description))
-            self._queue.schedule_async_request(request)
+            publish()
         return target
 
     def finish(self, blocking: bool = False) -> None:
-        """Publishes a background save that is done; with `blocking`, waits for it."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+        """Publishes a background save that is done; with `blocking`, waits for it.
+
+        Raises CheckpointError if it failed.
+        """
+        if self._queue is not None and self._in_background is not None:
+            with self._write_errors(self._in_background):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
+            if self._queue.get_num_unfinalized_calls() == 0:
+                self._in_background = None
 
     def close(self) -> None:
         """Waits for a background save and ends its worker."""
+        self.finish(blocking=True)
         if self._queue is not None:
-            self.finish(blocking=True)
             self._queue.close()
-
-    def resume(self) -> Position:
-        """Loads what checkpoint.load asks for and returns the position to go on from."""
-        wish = self.config.checkpoint.load
-        if wish == "none":
-            return Position()
-        if wish == "auto":
-            found = list_checkpoints(self.folder)
-            if not found:
-                return Position()
-            return self.load(found[-1])
-        return self.load(resolve_checkpoint(wish))
 
     def load(self, folder: Path) -> Position:
         """Loads a checkpoint, under any layout.
 
         Raises CheckpointError, with nothing changed on disk, for one of another model or tokenizer, or a damaged one.
         """
-        run = read_run_json(folder)
-        contents.check_same_model(self.config, folder)
-        if (run["vocab_size"], run["tokenizer"]) != (self.vocab_size, self.tokenizer):
-            raise CheckpointError(
-                f"checkpoint {folder} was trained with another tokenizer (vocabulary {run['vocab_size']}, "
-                f"{run['tokenizer']}) than data.tokenizer (vocabulary {self.vocab_size}, {self.tokenizer})"
-            )
-        whole = self.config.checkpoint.load_optimizer
-        with_rng = run["layout"] == contents.layout(self.config)
-        state: dict[str, Any] = contents.model_state(self.model)
-        if whole:
-            state.update(contents.training_state(state, self.optimizer, loading=True, with_rng=with_rng))
-        loaded = contents.load_sharded(state, folder, whole=whole)
-        for number, chunk in enumerate(self.model):
-            chunk.load_state_dict(loaded[f"model{number}"], strict=True)
-        if not whole:
+        record = check_loadable(self.config, folder, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        if not self.config.checkpoint.load_optimizer:
+            load_weights(folder, record, self.model)
             self.optimizer.reload_model_params()
             return Position()
+        _check_shuffles(folder, record, self._shuffles)
+        with_rng = record.layout == contents.layout(self.config)
+        state: dict[str, Any] = contents.model_state(self.model)
+        state.update(contents.training_state(state, self.optimizer, loading=True, with_rng=with_rng))
+        loaded = contents.load_sharded(state, folder, ignore=() if with_rng else ("rng",))
+        _fill(self.model, loaded)
         self.optimizer.load_state_dict(loaded["optimizer"])
         separate_step_counters(self.optimizer)
         self.scheduler.num_steps = 0
-        self.scheduler.step(run["step"])
+        self.scheduler.step(record.step)
         if with_rng:
             contents.restore_rng(loaded["rng"])
+        self._warn_of_changes(folder, record, with_rng)
         self.last_saved = folder
-        return Position(run["step"], run["consumed_samples"], run["consumed_tokens"])
+        return Position(record.step, record.consumed_samples, record.consumed_tokens)
 
-    def _describe(self, position: Position) -> str:
-        """Contents of run.json."""
-        return json.dumps(
-            {
-                **vars(position),
-                "tokenizer": self.tokenizer,
-                "vocab_size": self.vocab_size,
-                "layout": contents.layout(self.config),
-                "versions": contents.versions(),
-                "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
-            indent=2,
+    def _record(self, position: Position) -> folders.Record:
+        return folders.Record(
+            **vars(position),
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            layout=contents.layout(self.config),
+            shuffles=contents.merged_over_ranks(self._shuffles),
+            versions=contents.versions(),
+            saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
-    def _publish(self, draft: Path, target: Path, description: str) -> None:
-        self._on_rank_0(lambda: self._complete(draft, target, description), f"checkpoint {target} cannot be written")
+    def _publish(self, draft: Path, target: Path, record: folders.Record) -> None:
+        def complete() -> None:
+            save_config(self.config, draft / "config.yaml")
+            (draft / "run.json").write_text(record.to_json())
+            folders.publish(draft, target, self.config.checkpoint.keep_last)
+
+        self._on_rank_0(complete, f"checkpoint {target} cannot be written")
         self.last_saved = target
 
-    def _complete(self, draft: Path, target: Path, description: str) -> None:
-        """Adds what is not sharded, gives the folder its name, and drops the oldest ones."""
-        save_config(self.config, draft / "config.yaml")
-        (draft / "run.json").write_text(description)
-        for file in draft.iterdir():
-            _sync(file)
-        if target.exists():  # saved before by a run that was rewound
-            shutil.rmtree(target)
-        os.replace(draft, target)
-        _sync(self.folder)
-        keep = self.config.checkpoint.keep_last
-        for old in list_checkpoints(self.folder)[:-keep] if keep else []:
-            doomed = old.with_name(f".deleting-{old.name}")  # so that a half-deleted one is never taken for whole
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-    def _on_rank_0(self, action: Any, what: str) -> None:
+    def _on_rank_0(self, action: Callable[[], object], what: str) -> None:
         """Runs a file operation on rank 0; its failure is every rank's CheckpointError instead of a hang."""
-        failure: list[str | None] = [None]
+        failure: str | None = None
         if torch.distributed.get_rank() == 0:
             try:
                 action()
             except OSError as error:
-                failure = [f"{what}: {error.strerror or error}"]
-        torch.distributed.broadcast_object_list(failure, src=0)
-        if failure[0]:
-            raise CheckpointError(failure[0])
+                failure = f"{what}: {contents.reason(error)}; {self._last_good()}"
+        contents.raise_alike(failure)
 
-
-def _empty_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or folder to the disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
+    @contextmanager
+    def _write_errors(self, target: Path) -> Iterator[None]:
+        """Makes what writing raises a CheckpointError. Writers report to every rank; other failures are one rank's."""
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            yield
+        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+            self._in_background = None
+            failure = CheckpointError(
+                f"checkpoint {target} cannot be written: {contents.reason(error)}; {self._last_good()}"
+            )
+            failure.on_every_rank = isinstance(error, CheckpointException)
+            raise failure from error
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {self.last_saved or 'none'}"
+
+    def _warn_of_changes(self, folder: Path, record: folders.Record, with_rng: bool) -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        if not with_rng:
+            logger.warning(
+                "checkpoint %s was saved under %s, this run has %s: random states do not fit and start afresh, so "
+                "dropout goes on with other random numbers",
+                folder,
+                contents.words(record.layout),
+                contents.words(contents.layout(self.config)),
+            )
+        if changed := contents.changed_data_order(self.config, folder):
+            logger.warning(
+                "settings that decide the order of the data differ from those of checkpoint %s (%s): samples may be "
+                "read again or left out",
+                folder,
+                "; ".join(changed),
+            )
+
+
+def check_loadable(config: Config, folder: Path, *, tokenizer: str, vocab_size: int) -> folders.Record:
+    """What can be known to be wrong with loading a checkpoint before a process group or a model exists.
+
+    Raises CheckpointError for missing or damaged files, another model (naming the settings) or another tokenizer.
+    """
+    record = folders.read_record(folder)
+    contents.check_same_model(config, folder)
+    if (record.vocab_size, record.tokenizer) != (vocab_size, tokenizer):
+        raise CheckpointError(
+            f"checkpoint {folder} was trained with another tokenizer (vocabulary {record.vocab_size}, "
+            f"{record.tokenizer}) than data.tokenizer (vocabulary {vocab_size}, {tokenizer}); "
+            "legal: the tokenizer of the checkpoint, or checkpoint.load=none in another train.run_dir"
+        )
+    return record
+
+
+def load_weights(folder: Path, record: folders.Record, model: list[GPTModel]) -> None:
+    """Fills unwrapped model chunks from a checkpoint of the same model, under any layout. Collective.
+
+    Raises CheckpointError for tensors that are missing, left over or of another shape, and for damaged files.
+    """
+    _check_shuffles(folder, record, _shuffles(model))
+    _fill(model, contents.load_sharded(contents.model_state(model), folder, ignore=("optimizer", "rng")))
+
+
+def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(model):
+        chunk.load_state_dict(loaded[f"model{number}"], strict=True)
+
+
+def _shuffles(model: list[GPTModel]) -> dict[str, str]:
+    return {str(layer.layer): layer.shuffle_checksum() for layer in memory_layers(model)}
+
+
+def _check_shuffles(folder: Path, record: folders.Record, shuffles: dict[str, str]) -> None:
+    contents.raise_alike(contents.other_shuffles(folder, record, shuffles))
+
+
+def _shared_token() -> str:
+    """The same random word on every rank."""
+    token: list[Any] = [secrets.token_hex(4)]
+    torch.distributed.broadcast_object_list(token, src=0)
+    return str(token[0])

@@ -1,13 +1,14 @@
 """What a checkpoint holds, as Megatron's sharded state dict, and the comparison of a checkpoint with a run.
 
 Beside the sharded tensors (model, optimizer, RNG states) a checkpoint folder has `config.yaml`, the resolved settings,
-and `run.json`: step, position in the data, tokenizer, layout and versions. Shuffle permutations are functions of the
-seed in the config and are not saved.
+and `run.json` (`checkpoint_folder.Record`). Shuffle permutations are functions of a seed in the settings: checksums of
+them are saved in run.json.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import megatron.core
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ultramem import __version__
-from megatron_ultramem.config.load import load_config, walk
+from megatron_ultramem.compat import padding_kept, share_step
+from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError
+from megatron_ultramem.training.checkpoint_folder import Record, read_config
 
 # Makes the optimizer's state independent of the layout (MegatronCore's own default cannot be saved by it).
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -40,11 +43,15 @@ def training_state(
     model: dict[str, Any], optimizer: MegatronOptimizer, *, loading: bool, with_rng: bool = True
 ) -> dict[str, Any]:
     """Optimizer and RNG state to save or to load beside `model` (of `model_state`)."""
-    metadata = {**MODEL_METADATA, **OPTIMIZER_METADATA}
-    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = {
-        "optimizer": optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata={**metadata, **groups})
+    metadata = {
+        **MODEL_METADATA,
+        **OPTIMIZER_METADATA,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+    with padding_kept(optimizer):
+        state = {"optimizer": optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=metadata)}
+    if not loading:
+        share_step(state["optimizer"])
     if with_rng:
         state["rng"] = _rng_state()
     return state
@@ -88,64 +95,133 @@ def versions() -> dict[str, str]:
     return {"megatron_ultramem": __version__, "megatron_core": megatron.core.__version__, "torch": torch.__version__}
 
 
+def words(layout: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in layout.items())
+
+
+# Model settings that change how the model is computed or was drawn, but not what it is.
+_FREE = {
+    "model.backend",
+    "model.hidden_dropout",
+    "model.attention_dropout",
+    "model.max_sequence_length",
+    "model.init_std",
+    "model.memory.recompute",
+    "model.memory.lookup_backend",
+    "model.memory.init",
+    "model.memory.balance_loss_coeff",
+    "model.memory.tucker_penalty_coeff",
+    "model.memory.tucker_penalty_threshold",
+    "model.moe.aux_loss_coeff",
+    "model.moe.z_loss_coeff",
+    "model.moe.dispatcher",
+    "model.moe.grouped_gemm",
+    "model.vocab_size",  # run.json has the one that was used
+}
+# Settings of the data that do not touch the order of samples.
+_FREE_DATA = {"data.cache_dir", "data.num_workers"}
+
+
 def check_same_model(config: Config, folder: Path) -> None:
     """Raises CheckpointError naming every model setting in which the checkpoint differs from this run."""
-    saved = load_config(folder / "config.yaml", check=False)
-    # Settings that change how the model is computed but not what it is.
-    free = {
-        "model.backend",
-        "model.hidden_dropout",
-        "model.attention_dropout",
-        "model.max_sequence_length",
-        "model.init_std",
-        "model.memory.recompute",
-        "model.memory.lookup_backend",
-        "model.memory.init",
-        "model.memory.balance_loss_coeff",
-        "model.memory.tucker_penalty_coeff",
-        "model.memory.tucker_penalty_threshold",
-        "model.moe.aux_loss_coeff",
-        "model.moe.z_loss_coeff",
-        "model.moe.dispatcher",
-        "model.moe.grouped_gemm",
-        "model.vocab_size",
-    }
-    mine = {name: value for name, value, _ in walk(config) if name.startswith("model.") and name not in free}
-    theirs = {name: value for name, value, _ in walk(saved)}
-    different = [
-        f"{name}: checkpoint {theirs.get(name)!r}, config {value!r}"
-        for name, value in mine.items()
-        if theirs.get(name) != value
-    ]
+    saved = read_config(folder)
+    different = _differences(config, saved, lambda name: name.startswith("model.") and name not in _FREE)
     if different:
-        raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(different))
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model: {'; '.join(different)}; "
+            "legal: its settings, or checkpoint.load=none in another train.run_dir"
+        )
 
 
-def load_sharded(state: dict[str, Any], folder: Path, *, whole: bool) -> dict[str, Any]:
-    """Loads what `state` describes.
+def changed_data_order(config: Config, folder: Path) -> list[str]:
+    """Settings that decide which samples come next, where they differ from the checkpoint's."""
+    return _differences(
+        config,
+        read_config(folder),
+        lambda name: (
+            (name.startswith("data.") and name not in _FREE_DATA) or name in ("train.steps", "train.global_batch_size")
+        ),
+    )
+
+
+def _differences(config: Config, saved: Config, counts: Callable[[str], bool]) -> list[str]:
+    theirs = {name: value for name, value, _ in walk(saved)}
+    return [
+        f"{name}: checkpoint {theirs.get(name)!r}, config {value!r}"
+        for name, value, _ in walk(config)
+        if counts(name) and theirs.get(name) != value
+    ]
+
+
+def other_shuffles(folder: Path, record: Record, shuffles: Mapping[str, str]) -> str | None:
+    """Says which layers of this rank permute their rows in another way than those of the checkpoint did."""
+    wrong = [layer for layer, checksum in shuffles.items() if record.shuffles.get(layer) != checksum]
+    if not wrong:
+        return None
+    return (
+        f"checkpoint {folder}: the shuffle permutations of layers {', '.join(wrong)} differ from those it was trained "
+        f"with, though model.memory.shuffle_seed is the same; this torch ({torch.__version__}) draws other ones than "
+        f"torch {record.versions.get('torch')}, with which it was saved"
+    )
+
+
+def load_sharded(state: dict[str, Any], folder: Path, *, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Loads what `state` describes. Collective.
 
     Args:
-        whole: also refuse tensors in the checkpoint that `state` does not ask for.
+        ignore: beginnings of names that the checkpoint may have and `state` does not ask for.
 
     Raises:
         CheckpointError: tensors are missing, left over, of another shape, or the files are damaged.
     """
+    failure, loaded = None, {}
     try:
-        loaded, missing, unexpected = dist_checkpointing.load(
+        loaded, left_over, missing = dist_checkpointing.load(
             state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
         )
-    except (CheckpointingException, RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {reason[0] if reason else error!r}") from error
-    left_over = {key for key in missing if whole or not key.startswith(("optimizer", "chained", "rng"))}
-    problems = [
-        f"{what}: {', '.join(sorted(keys)[:8])}{' …' if len(keys) > 8 else ''}"
+        failure = _misfits({key for key in left_over if not key.startswith(ignore)}, missing)
+        if failure:
+            failure = f"checkpoint {folder} does not fit this run: {failure}"
+    except (Exception, CheckpointException) as error:  # a damaged file can make unpickling raise anything
+        failure = f"checkpoint {folder} cannot be loaded: {reason(error)}; legal: another one as checkpoint.load"
+    raise_alike(failure)
+    return loaded
+
+
+def _misfits(left_over: set[str], missing: set[str]) -> str:
+    return "; ".join(
+        f"{what} {', '.join(sorted(keys)[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
         for what, keys in (
-            ("the checkpoint has, this run has not", left_over),
-            ("this run has, the checkpoint has not", set(unexpected)),
+            ("the checkpoint has, and this run has not:", left_over),
+            ("this run has, and the checkpoint has not:", missing),
         )
         if keys
-    ]
-    if problems:
-        raise CheckpointError(f"checkpoint {folder} does not fit this run: " + "; ".join(problems))
-    return loaded
+    )
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]  # of the first rank that failed
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def raise_alike(failure: str | None) -> None:
+    """Raises CheckpointError with the first rank's failure on every rank, if there is one. Collective."""
+    failures = _all_gather(failure)
+    for found in failures:
+        if found:
+            raise CheckpointError(found)
+
+
+def merged_over_ranks(mapping: Mapping[str, str]) -> dict[str, str]:
+    """The union of every rank's mapping, sorted by number. Collective."""
+    merged = {key: value for found in _all_gather(dict(mapping)) for key, value in found.items()}
+    return dict(sorted(merged.items(), key=lambda item: int(item[0])))
+
+
+def _all_gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered

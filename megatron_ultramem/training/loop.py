@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch
 from megatron.core import num_microbatches_calculator as batch_size
 from megatron.core import parallel_state
 
+from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import TrainingError
 from megatron_ultramem.planning.devices import peak_bf16_flops
@@ -40,11 +42,13 @@ def _train(run: Run) -> None:
     last_step = config.train.steps
     if config.train.exit_after_steps is not None:
         last_step = min(last_step, position.step + config.train.exit_after_steps)
+    if run.is_main:
+        save_config(config, Path(config.train.run_dir) / "config.yaml")
     logger = MetricsLogger(config, start_step=position.step, enabled=run.is_main)
     progress = Progress(config.train.steps, position.step, enabled=run.is_main, live=config.logging.progress)
     clock = _throughput(run)
     probe = MemoryHealthProbe(run.model)
-    with progress:
+    with progress, closing(logger):
         progress.message(_opening(run))
         while position.step < last_step:
             step = position.step + 1
@@ -71,10 +75,9 @@ def _train(run: Run) -> None:
             progress.update(step, metrics if log_due else None)
             if _due(step, config.checkpoint.interval, last_step):
                 clock.pause()
-                with _whole_parameters(run):
+                with whole_parameters(run):
                     progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
         run.checkpoints.close()
-        logger.close()
 
 
 def train_step(run: Run) -> Metrics:
@@ -101,6 +104,7 @@ def train_step(run: Run) -> Metrics:
     run.scheduler.step(1)
     updated, grad_norm, _ = run.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
+        run.checkpoints.finish(blocking=True)
         raise TrainingError(
             f"step {run.position.step + 1}: the gradient norm is {grad_norm} though the loss is finite; "
             f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
@@ -131,7 +135,7 @@ def evaluate(run: Run) -> float:
     per_step = config.train.global_batch_size
     num_microbatches = per_step // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
     totals = torch.zeros(2, dtype=torch.float64, device=run.platform.device)
-    with _whole_parameters(run):
+    with whole_parameters(run):
         for chunk in run.chunks:
             chunk.eval()
         for index in range(config.train.eval_steps):
@@ -158,7 +162,7 @@ def micro_batches(
 
 
 @contextmanager
-def _whole_parameters(run: Run) -> Iterator[None]:
+def whole_parameters(run: Run) -> Iterator[None]:
     """With overlapped parameter gathers, waits for them and keeps their hooks out of what is not a training step."""
     overlapped = run.config.parallel.overlap_param_gather
     for chunk in run.chunks if overlapped else ():
@@ -170,6 +174,7 @@ def _whole_parameters(run: Run) -> Iterator[None]:
 
 def _stop_for_loss(run: Run, totals: LossTotals) -> None:
     """Raises the same TrainingError on every rank, naming those whose own loss is not finite."""
+    run.checkpoints.finish(blocking=True)
     bad = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(bad, not math.isfinite(float(totals.this_rank[0])))
     ranks = ", ".join(str(rank) for rank, is_bad in enumerate(bad) if is_bad) or "none alone, but in the sum"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from megatron.core import num_microbatches_calculator as batch_size
@@ -17,7 +18,8 @@ from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.model.build import build_chunks
 from megatron_ultramem.platform import Platform, prepare, resolve_backend, seed_everything, set_deterministic
-from megatron_ultramem.training.checkpoint import CheckpointManager, Position, check_writable, checkpoint_dir
+from megatron_ultramem.training.checkpoint import CheckpointManager, Position, check_loadable
+from megatron_ultramem.training.checkpoint_folder import check_writable, checkpoint_dir, wanted_checkpoint
 from megatron_ultramem.training.data import BatchIterator, build_datasets, check_data, sample_counts
 from megatron_ultramem.training.distributed import initialize_distributed, world_size_from_environment
 from megatron_ultramem.training.memory_hooks import MemoryHooks
@@ -60,7 +62,10 @@ def set_up(config: Config) -> Run:
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab_size = vocabulary(config, tokenizer)
     check_data(config, tokenizer)
-    check_writable(checkpoint_dir(config))
+    check_writable(Path(config.train.run_dir), "train.run_dir")
+    check_writable(checkpoint_dir(config), "checkpoint.dir")
+    if (checkpoint := wanted_checkpoint(config)) is not None:
+        check_loadable(config, checkpoint, tokenizer=tokenizer.identity, vocab_size=vocab_size)
     if config.train.deterministic:
         set_deterministic()
 

@@ -1,0 +1,109 @@
+"""The jobs that checkpoint tests run on ranks: train, save, resume; and everything that a resume must bring back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.training import checkpoint
+from megatron_ultramem.training.checkpoint_state import model_state, training_state
+from megatron_ultramem.training.loop import train_step, whole_parameters
+from megatron_ultramem.training.setup import Run, set_up
+
+
+def train_and_save(overrides: list[str], steps: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Builds a run, which resumes as `checkpoint.load` says, and trains to `steps` in all; saves after each of `saves`.
+
+    Returns losses, learning rates and batch sizes by step, the warnings, and this rank's whole state at the start and
+    at the end.
+    """
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    checkpoint.logger.addHandler(handler)
+    try:
+        run = set_up(load_config(None, overrides))
+        result: dict[str, Any] = {"steps": {}, "start": state(run), "first_step": run.position.step}
+        while run.position.step < steps:
+            metrics = train_step(run)
+            run.checkpoints.finish()
+            result["steps"][run.position.step] = {
+                name: metrics[name] for name in ("loss", "lr", "value_lr", "grad_norm", "batch_size", "tokens")
+            }
+            if run.position.step in saves:
+                with whole_parameters(run):
+                    run.checkpoints.save(run.position)
+        run.checkpoints.close()
+    finally:
+        checkpoint.logger.removeHandler(handler)
+    return result | {"end": state(run), "warnings": warnings}
+
+
+def state(run: Run) -> dict[str, Any]:
+    """What continues a run: parameters and optimizer state as this rank holds them, and its random states."""
+    with whole_parameters(run):
+        pass  # waits for parameters that are still being gathered
+    return {
+        "params": {
+            f"{number}.{name}": tensor.detach().float().numpy().copy()
+            for number, chunk in enumerate(run.model)
+            for name, tensor in chunk.state_dict().items()
+            if isinstance(tensor, torch.Tensor)
+        },
+        "optimizer": _optimizer_state(run),
+        "rng": {
+            "default": torch.get_rng_state().numpy().copy(),
+            **{
+                name: value.numpy().copy()
+                for name, value in tensor_parallel.get_cuda_rng_tracker().get_states().items()
+            },
+        },
+    }
+
+
+def optimizer_shards(overrides: list[str], steps: int) -> dict[str, Any]:
+    """As `train_and_save`, and the shards of model and optimizer state, at the start, by their checkpoint names."""
+    run = set_up(load_config(None, overrides))
+    result: dict[str, Any] = {"shards": [] if run.position.step == 0 else _shards(run), "losses": []}
+    while run.position.step < steps:
+        result["losses"].append(train_step(run)["loss"])
+    result["shards"] = result["shards"] or _shards(run)
+    run.checkpoints.save(run.position) if run.config.checkpoint.load == "none" else None
+    return result
+
+
+def _shards(run: Run) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]:
+    tree: dict[str, Any] = model_state(run.model)
+    tree.update(training_state(tree, run.optimizer, loading=False))
+    apply_factories(tree)
+    return [
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().numpy().copy())
+        for shard in nested_values(tree)
+        if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_floating_point()
+    ]
+
+
+def _optimizer_state(run: Run) -> dict[str, np.ndarray]:
+    found = {}
+    for part, optimizer in enumerate(getattr(run.optimizer, "chained_optimizers", [run.optimizer])):
+        for group_number, group in enumerate(optimizer.optimizer.param_groups):
+            for number, param in enumerate(group["params"]):
+                where = f"{part}.{group_number}.{number}"
+                found[where] = param.detach().float().numpy().copy()
+                for name, value in optimizer.optimizer.state.get(param, {}).items():
+                    found[f"{where}.{name}"] = torch.as_tensor(value).float().numpy().copy()
+    return found
+
+
+def folder_of(overrides: list[str]) -> Path:
+    from megatron_ultramem.training.checkpoint_folder import checkpoint_dir
+
+    return checkpoint_dir(load_config(None, overrides))
