@@ -1,0 +1,92 @@
+"""Contradictions between settings are refused before anything starts, naming both and a way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.config.validate import stage_of_layer, validate_world
+from megatron_ultramem.errors import ConfigError
+
+TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
+DENSE = "model.memory.layers=none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.num_attention_heads=7"], ["model.num_attention_heads = 7", "divisor"]),
+        (["model.num_query_groups=5"], ["model.num_query_groups = 5", "divisor"]),
+        (["data.sequence_length=8192"], ["data.sequence_length = 8192", "model.max_sequence_length = 4096"]),
+        (["model.moe.layers=all", "model.moe.top_k=65"], ["model.moe.top_k = 65", "num_experts = 64"]),
+        (["parallel.tensor_parallel_size=5"], ["parallel.tensor_parallel_size = 5", "num_attention_heads = 12"]),
+        ([TP2, "parallel.sequence_parallel=false"], ["parallel.sequence_parallel = false", "memory", "true or null"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel = true", "tensor_parallel_size"]),
+        ([TP2, "data.sequence_length=4095"], ["data.sequence_length = 4095", "= 2"]),
+        (["parallel.context_parallel_size=2", "model.backend=local"], ["context_parallel_size = 2", "backend"]),
+        (["parallel.context_parallel_size=2", "data.mask_document_boundaries=true"], ["mask_document_boundaries"]),
+        (["parallel.virtual_pipeline_stages=2"], ["virtual_pipeline_stages = 2", "pipeline_parallel_size"]),
+        ([DENSE, PP2, "parallel.virtual_pipeline_stages=2"], ["overlap_p2p = false", "wrong loss", "overlap_p2p=true"]),
+        ([DENSE, "parallel.pipeline_parallel_size=3"], ["model.num_layers = 20", "= 3", "multiple of 3"]),
+        (["parallel.overlap_param_gather=true"], ["overlap_param_gather", "overlap_grad_reduce = true"]),
+        (["train.rampup_batch_size=[3,2,100]"], ["train.rampup_batch_size = [3, 2, 100]", "global_batch_size = 8"]),
+        (["train.rampup_batch_size=[1,2]"], ["train.rampup_batch_size = [1, 2]", "start, increment, samples"]),
+        (["schedule.warmup_steps=1000"], ["schedule.warmup_steps = 1000", "1000 steps"]),
+        (["schedule.kind=wsd", "schedule.wsd_decay_steps=2000"], ["schedule.wsd_decay_steps = 2000", "at most"]),
+        (["data.paths=[a]", "data.valid_paths=[b]"], ["data.paths", "data.train_paths", "one of the two"]),
+        (["data.paths=[a]", "data.weights=[1,2]"], ["data.weights", "2 entries", "data.paths"]),
+        (["data.paths=[a]", "data.weights=[-1]"], ["data.weights", "positive"]),
+        (["data.tokenizer.path=x"], ["data.tokenizer.path = 'x'", "byte"]),
+        (["data.tokenizer.kind=tiktoken"], ["data.tokenizer.path = null", "tiktoken"]),
+        (["model.memory.top_m=200000"], ["model.memory.top_m", "129600"]),
+        (
+            ["model.memory.sharing=ring", "model.memory.share_size=10", PP2],
+            ["pipeline_parallel_size = 2", "pool 0", "20 memory layers", "pool_size"],
+        ),
+    ],
+)
+def test_a_contradiction_is_refused(overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    for part in named:
+        assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "named"),
+    [
+        ([TP2, PP2], 6, ["6 ranks", "multiple of 4"]),
+        (
+            ["train.global_batch_size=8", "train.micro_batch_size=3"],
+            1,
+            ["train.global_batch_size = 8", "multiple of 3"],
+        ),
+        (["train.rampup_batch_size=[2,2,8]"], 4, ["train.rampup_batch_size[0] = 2", "4 data-parallel"]),
+        (
+            [PP2, "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true", "train.global_batch_size=3"],
+            2,
+            ["train.global_batch_size = 3", "interleaved"],
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_ranks_is_refused(overrides: list[str], ranks: int, named: list[str]) -> None:
+    config = load_config(None, overrides)
+    with pytest.raises(ConfigError) as error:
+        validate_world(config, ranks)
+    for part in named:
+        assert part in str(error.value), str(error.value)
+
+
+def test_data_parallelism_takes_the_ranks_that_are_left() -> None:
+    assert validate_world(load_config(None, [TP2, PP2]), 16) == 4
+
+
+def test_interleaved_stages_hold_layers_as_megatron_places_them() -> None:
+    config = load_config(
+        None, [PP2, "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true", "model.num_layers=8"]
+    )
+    assert stage_of_layer(config) == [(0, 0)] * 2 + [(1, 0)] * 2 + [(0, 1)] * 2 + [(1, 1)] * 2
+
+
+def test_a_pool_may_fill_a_stage_exactly() -> None:
+    load_config(None, ["model.memory.sharing=ring", "model.memory.share_size=5", "model.memory.pool_size=10", PP2])

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Writes the README's table of measured results from benchmarks/results/*.json; `--check` only compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: written by tools/readme_table.py -->\n", "<!-- /results -->"
+# Benchmark, and the metrics that the table shows of it; None: all.
+SHOWN: dict[str, list[str] | None] = {
+    "training": ["tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "peak_gib", "gpu_busy_ms"],
+    "kernels": None,
+}
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    wanted = head + BEGIN + table(ROOT / "benchmarks" / "results") + END + tail
+    if "--check" in sys.argv[1:]:
+        if wanted != text:
+            print("README.md: the table of results is not what benchmarks/results says; run tools/readme_table.py")
+        return int(wanted != text)
+    readme.write_text(wanted)
+    return 0
+
+
+def table(folder: Path) -> str:
+    """Markdown of all results in the folder, in the order of file names."""
+    lines = ["| benchmark | hardware | case | metric | value |", "|---|---|---|---|---|"]
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if content["benchmark"] not in SHOWN:
+            continue
+        metrics = SHOWN[content["benchmark"]]
+        lines += [
+            f"| {content['benchmark']} | {content['hardware']} | `{row['case']}` | {row['metric']} | "
+            f"{_number(row['value'])} {row['unit']} |"
+            for row in content["rows"]
+            if metrics is None or row["metric"] in metrics
+        ]
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
