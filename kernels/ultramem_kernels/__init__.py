@@ -1,0 +1,11 @@
+"""Kernels of a sparse memory layer (UltraMemV2): retrieval, table lookup with its backward, RMS norm of queries and keys.
+
+Needs torch; uses Triton and NVRTC where they are found. Each operation has its plain-PyTorch reference beside it, which
+says what it computes: `lookup.reference`, `retrieval.reference`, `rms_norm.reference`.
+"""
+
+from ultramem_kernels.lookup.ops import lookup, pre_value_dot, weighted_sum
+from ultramem_kernels.retrieval.ops import retrieve
+from ultramem_kernels.rms_norm.ops import rms_norm_swapped
+
+__all__ = ["lookup", "pre_value_dot", "retrieve", "rms_norm_swapped", "weighted_sum"]

@@ -1,0 +1,389 @@
+"""The differentiable lookup operations. Legend as in reference.py.
+
+Gradients of a table go straight into its `main_grad` (fp32, same shape) when it has one, as Megatron's parameters do: the
+table itself then receives no gradient from autograd, and nothing of its size is allocated. A table without `main_grad`
+gets an ordinary dense gradient.
+
+forward and backward are custom operators (`ultramem::lookup_forward`, `ultramem::lookup_backward`), opaque to torch.compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from ultramem_kernels.dispatch import choose
+from ultramem_kernels.lookup import reference
+
+# Below this many entries (T * M) the fixed cost of a sort outweighs what it saves over atomics (NOTES.md).
+ATOMIC_BELOW = 1 << 16
+
+
+class Options(NamedTuple):
+    """How a lookup runs; fields as in `lookup` and `weighted_sum`."""
+
+    activation: str
+    core_width: int
+    column_start: int
+    row_start: int
+    padding_index: int | None
+    deterministic: bool
+    backend: str | None
+
+
+def _backend(
+    options_backend: Optional[str],
+    indices: torch.Tensor,
+    weights: Optional[torch.Tensor],
+    values: Optional[torch.Tensor],
+    pre_values: Optional[torch.Tensor],
+    core_width: int,
+    column_start: int,
+) -> str:
+    """CUDA kernels by token exist for both tables at once; each other mode runs in Triton."""
+
+    def cuda_supports() -> bool:
+        from ultramem_kernels.lookup import cuda
+
+        if values is None or pre_values is None or weights is None or values.dtype != pre_values.dtype:
+            return False
+        P, V, C = pre_values.shape[1], values.shape[1], weights.shape[2]
+        return cuda.supports(values, indices, P, V, C, core_width, column_start)
+
+    table = values if values is not None else pre_values
+    assert table is not None
+    return choose(options_backend, table, cuda_supports)
+
+
+@torch.library.custom_op("ultramem::lookup_forward", mutates_args=())
+def lookup_forward(
+    indices: torch.Tensor,
+    weights: Optional[torch.Tensor],
+    pre_input: Optional[torch.Tensor],
+    values: Optional[torch.Tensor],
+    pre_values: Optional[torch.Tensor],
+    activation: str,
+    core_width: int,
+    column_start: int,
+    row_start: int,
+    padding_index: Optional[int],
+    backend: Optional[str],
+) -> torch.Tensor:
+    """Pooled values [T, V]; without `values` the dots [T, M]; without `pre_values` `weights` are final."""
+    chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
+    place = {"row_start": row_start, "padding_index": padding_index}
+    if chosen == "reference":
+        if pre_values is None:
+            return reference.weighted_sum(indices, weights, values, core_width, column_start, **place)
+        if values is None:
+            return reference.pre_value_dot(indices, pre_input, pre_values, **place)
+        return reference.lookup(indices, weights, pre_input, values, pre_values, activation, **place)
+    if chosen == "cuda":
+        from ultramem_kernels.lookup import cuda
+
+        return cuda.forward(
+            indices, weights.float(), pre_input, values, pre_values, activation=activation, **place
+        )  # fmt: skip
+    from ultramem_kernels.lookup import forward_triton
+
+    return forward_triton.forward(
+        indices, weights, pre_input, values, pre_values, activation=activation, core_width=core_width,
+        column_start=column_start, **place,
+    )  # fmt: skip
+
+
+@lookup_forward.register_fake
+def _(indices, weights, pre_input, values, pre_values, *_options):  # type: ignore[no-untyped-def]
+    if values is not None:
+        return values.new_empty(indices.shape[0], values.shape[1])
+    return pre_values.new_empty(indices.shape, dtype=reference.accumulation_dtype(pre_values.dtype))
+
+
+@torch.library.custom_op("ultramem::lookup_backward", mutates_args=("grad_values", "grad_pre_values"))
+def lookup_backward(
+    indices: torch.Tensor,
+    weights: Optional[torch.Tensor],
+    pre_input: Optional[torch.Tensor],
+    values: Optional[torch.Tensor],
+    pre_values: Optional[torch.Tensor],
+    grad: torch.Tensor,
+    grad_values: Optional[torch.Tensor],
+    grad_pre_values: Optional[torch.Tensor],
+    activation: str,
+    core_width: int,
+    column_start: int,
+    row_start: int,
+    padding_index: Optional[int],
+    deterministic: bool,
+    backend: Optional[str],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of pre_input, gradient of weights), and the tables' gradients added in place where buffers are given.
+
+    A gradient that does not exist is an empty tensor.
+    """
+    chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
+    place = {"row_start": row_start, "padding_index": padding_index}
+    grad_out, grad_dots = (grad, None) if values is not None else (None, grad)
+    if chosen == "reference":
+        d_input, d_weights, d_dots, final = reference.backward_by_token(
+            indices, weights, pre_input, values, pre_values, grad, activation, core_width, column_start, **place
+        )
+    elif not deterministic and indices.numel() < ATOMIC_BELOW:
+        from ultramem_kernels.lookup import backward_triton
+
+        d_input, d_weights, _, _ = backward_triton.backward_by_token(
+            indices, weights, pre_input, values, pre_values, grad_out, grad_dots, grad_values_NV=grad_values,
+            grad_pre_values_NP=grad_pre_values, activation=activation, core_width=core_width, column_start=column_start,
+            **place,
+        )  # fmt: skip
+        return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+    else:
+        sorting = _Sorting(indices, (values if values is not None else pre_values).shape[0], row_start, padding_index,
+                           wanted=grad_values is not None or grad_pre_values is not None)  # fmt: skip
+        if chosen == "cuda":
+            from ultramem_kernels.lookup import cuda
+
+            d_input, d_weights, d_dots, final = cuda.backward_by_token(
+                indices, weights.float(), pre_input, values, pre_values, grad, activation=activation, **place
+            )
+            d_weights = d_weights.to(weights.dtype)
+        else:
+            from ultramem_kernels.lookup import backward_triton
+
+            d_input, d_weights, d_dots, final = backward_triton.backward_by_token(
+                indices, weights, pre_input, values, pre_values, grad_out, grad_dots, activation=activation,
+                core_width=core_width, column_start=column_start, **place,
+            )  # fmt: skip
+        _add_table_gradients(
+            sorting, chosen, indices.shape[1], pre_input, grad_out, d_dots, final, grad_values, grad_pre_values,
+            core_width, column_start,
+        )  # fmt: skip
+        return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+    table = values if values is not None else pre_values
+    local_TM, exists_TM = reference.local_rows(indices, table.shape[0], row_start, padding_index)
+    if grad_pre_values is not None:
+        width = grad_pre_values.shape[1]
+        reference.add_rows_(grad_pre_values, local_TM, exists_TM, d_dots.unsqueeze(-1), pre_input, width)
+    if grad_values is not None:
+        reference.add_rows_(grad_values, local_TM, exists_TM, final, grad_out, core_width, column_start)
+    return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+
+
+@lookup_backward.register_fake
+def _(indices, weights, pre_input, *_rest):  # type: ignore[no-untyped-def]
+    nothing = indices.new_empty(0, dtype=torch.float32)
+    return (
+        torch.empty_like(pre_input) if pre_input is not None else nothing,
+        torch.empty_like(weights) if weights is not None else nothing.clone(),
+    )
+
+
+def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor is not None else like.new_empty(0, dtype=torch.float32)
+
+
+class _Sorting:
+    """The sort of the entries, on a stream of its own where that helps: the backward by token does not wait for it."""
+
+    def __init__(
+        self, indices_TM: torch.Tensor, rows: int, row_start: int, padding_index: int | None, wanted: bool
+    ) -> None:
+        self._wanted, self._stream = wanted, None
+        if not wanted:
+            return
+        from ultramem_kernels.lookup.segments_triton import sort_entries
+
+        if not indices_TM.is_cuda:
+            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
+            return
+        # High priority: its few blocks get their turn among the thousands of the backward by token.
+        self._stream = _high_priority_stream(indices_TM.device)
+        self._stream.wait_stream(torch.cuda.current_stream(indices_TM.device))
+        with torch.cuda.stream(self._stream):
+            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
+        indices_TM.record_stream(self._stream)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._result[0].device)
+            current.wait_stream(self._stream)
+            for tensor in self._result:
+                tensor.record_stream(current)
+        return self._result
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _high_priority_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device, priority=-1)
+    return _streams[device]
+
+
+def _add_table_gradients(
+    sorting: _Sorting,
+    chosen: str,
+    M: int,
+    pre_input: torch.Tensor | None,
+    grad_out: torch.Tensor | None,
+    d_dots: torch.Tensor | None,
+    final: torch.Tensor | None,
+    grad_values: torch.Tensor | None,
+    grad_pre_values: torch.Tensor | None,
+    core_width: int,
+    column_start: int,
+) -> None:
+    """Sorted segment sums into the buffers that are given."""
+    if grad_values is None and grad_pre_values is None:
+        return
+    sorted_rows, order = sorting.result()
+    if chosen == "cuda":
+        from ultramem_kernels.lookup import cuda
+
+        cuda.add_segments_(
+            sorted_rows, order, M,
+            None if grad_pre_values is None else (grad_pre_values, pre_input, d_dots),
+            None if grad_values is None else (grad_values, grad_out, final),
+            core_width, column_start,
+        )  # fmt: skip
+        return
+    from ultramem_kernels.lookup.segments_triton import add_segments_
+
+    if grad_pre_values is not None:
+        width = grad_pre_values.shape[1]
+        add_segments_(grad_pre_values, sorted_rows, order, d_dots.unsqueeze(-1), pre_input, width)
+    if grad_values is not None:
+        add_segments_(grad_values, sorted_rows, order, final, grad_out, core_width, column_start)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        indices: torch.Tensor,
+        weights: torch.Tensor | None,
+        pre_input: torch.Tensor | None,
+        values: torch.Tensor | None,
+        pre_values: torch.Tensor | None,
+        options: Options,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(indices, weights, pre_input, values, pre_values)
+        ctx.options = options
+        return lookup_forward(
+            indices, weights, pre_input, values, pre_values, options.activation, options.core_width,
+            options.column_start, options.row_start, options.padding_index, options.backend,
+        )  # fmt: skip
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        indices, weights, pre_input, values, pre_values = ctx.saved_tensors
+        o = ctx.options
+        value_buffer, value_gradient = _buffer(values, ctx.needs_input_grad[3])
+        pre_buffer, pre_gradient = _buffer(pre_values, ctx.needs_input_grad[4])
+        d_input, d_weights = lookup_backward(
+            indices, weights, pre_input, values, pre_values, grad.contiguous(), value_buffer, pre_buffer, o.activation,
+            o.core_width, o.column_start, o.row_start, o.padding_index, o.deterministic, o.backend,
+        )  # fmt: skip
+        return (
+            None,
+            d_weights if weights is not None else None,
+            d_input if pre_input is not None else None,
+            value_gradient.to(values.dtype) if value_gradient is not None else None,
+            pre_gradient.to(pre_values.dtype) if pre_gradient is not None else None,
+            None,
+        )
+
+
+def _buffer(table: torch.Tensor | None, wanted: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(where a table's gradient is added, the same if autograd is to receive it)."""
+    if table is None or not wanted:
+        return None, None
+    main_grad = getattr(table, "main_grad", None)
+    if main_grad is not None:
+        if main_grad.shape != table.shape or not main_grad.is_contiguous():
+            raise ValueError(f"main_grad {tuple(main_grad.shape)} must be contiguous and of the table's shape "
+                             f"{tuple(table.shape)}")  # fmt: skip
+        return main_grad, None
+    dense = torch.zeros(table.shape, dtype=reference.accumulation_dtype(table.dtype), device=table.device)
+    return dense, dense
+
+
+def lookup(
+    indices_TM: torch.Tensor,
+    scores_TMC: torch.Tensor,
+    pre_input_TP: torch.Tensor,
+    values_NV: torch.Tensor,
+    pre_values_NP: torch.Tensor,
+    *,
+    activation: str = "none",
+    deterministic: bool = False,
+    row_start: int = 0,
+    padding_index: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Pooled values [T, V] of `reference.lookup`, in the dtype of the tables; both tables in one pass.
+
+    indices_TM     int32 or int64, rows of the whole table
+    scores_TMC     any float dtype; core c weights columns c*V/C .. (c+1)*V/C
+    pre_input_TP   dtype of the tables
+    values_NV, pre_values_NP  bf16, fp16 or fp32, contiguous; rows row_start .. row_start+N-1 of the whole table
+    deterministic  gradients of the tables bitwise equal from run to run
+    padding_index  entries of this index contribute nothing, as do those outside the rows of this shard
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if activation not in ("none", "gelu"):
+        raise ValueError(f"activation={activation!r}: legal are 'none' and 'gelu'")
+    T, M, C = scores_TMC.shape
+    V = values_NV.shape[1]
+    if indices_TM.shape != (T, M) or pre_input_TP.shape != (T, pre_values_NP.shape[1]) or V % C:
+        raise ValueError(
+            f"indices {tuple(indices_TM.shape)}, scores {tuple(scores_TMC.shape)}, pre-input {tuple(pre_input_TP.shape)}, "
+            f"values {tuple(values_NV.shape)}, pre-values {tuple(pre_values_NP.shape)} do not fit: see reference.py"
+        )
+    if values_NV.shape[0] != pre_values_NP.shape[0]:
+        raise ValueError(f"values have {values_NV.shape[0]} rows, pre-values {pre_values_NP.shape[0]}")
+    options = Options(activation, V // C, 0, row_start, padding_index, deterministic, backend)
+    return _Lookup.apply(
+        indices_TM.contiguous(), scores_TMC.contiguous(), pre_input_TP.contiguous(), values_NV, pre_values_NP, options
+    )
+
+
+def pre_value_dot(
+    indices_TM: torch.Tensor,
+    pre_input_TP: torch.Tensor,
+    pre_values_NP: torch.Tensor,
+    *,
+    deterministic: bool = False,
+    row_start: int = 0,
+    padding_index: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Dots [T, M] fp32 of `reference.pre_value_dot`: over a shard of columns they are partial sums, to be added up."""
+    options = Options("none", 1, 0, row_start, padding_index, deterministic, backend)
+    return _Lookup.apply(indices_TM.contiguous(), None, pre_input_TP.contiguous(), None, pre_values_NP, options)
+
+
+def weighted_sum(
+    indices_TM: torch.Tensor,
+    weights_TMC: torch.Tensor,
+    values_NV: torch.Tensor,
+    *,
+    core_width: int | None = None,
+    column_start: int = 0,
+    deterministic: bool = False,
+    row_start: int = 0,
+    padding_index: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Pooled values [T, V] of `reference.weighted_sum` for final weights.
+
+    Over a shard of columns give `column_start`, its first column in the whole table, and `core_width`, the whole table's
+    width divided by the cores.
+    """
+    width = core_width or values_NV.shape[1] // weights_TMC.shape[2]
+    options = Options("none", width, column_start, row_start, padding_index, deterministic, backend)
+    return _Lookup.apply(indices_TM.contiguous(), weights_TMC.contiguous(), None, values_NV, None, options)

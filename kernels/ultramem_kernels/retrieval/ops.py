@@ -1,0 +1,212 @@
+"""The differentiable retrieval. Legend as in reference.py.
+
+    side = query key^T           a matrix product (cuBLAS), rounded to the queries' dtype, in rows of a multiple of 64 keys
+    coarse pass, exact pass      one kernel each: from side scores to row indices and scores
+    backward                     one kernel from score gradients to the dense gradient of `side`, then two products
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch.nn import functional as F
+
+from ultramem_kernels.dispatch import choose
+from ultramem_kernels.retrieval import reference
+
+KEYS_MULTIPLE = 64  # other row lengths cost cuBLAS a factor of 2.7 on an H100 (NOTES.md)
+FEW_TOKENS = 512  # below, padding the keys costs more than it saves
+TOKEN_CHUNKS = 4  # the keys' gradient sums over all tokens: cuBLAS does that well only when it is cut into batches
+
+
+def _padded_width(keys: int) -> int:
+    return -(-keys // KEYS_MULTIPLE) * KEYS_MULTIPLE
+
+
+def _side_scores(query_SRTD: torch.Tensor, key_SRND: torch.Tensor) -> torch.Tensor:
+    """[S, R, T, N], rows of `_padded_width(N)`; what lies beyond N is not read by the passes."""
+    S, R, T, D = query_SRTD.shape
+    N = key_SRND.shape[2]
+    width = _padded_width(N)
+    side_XTN = torch.empty(S * R, T, width, dtype=query_SRTD.dtype, device=query_SRTD.device)
+    query_XTD, key_XND = query_SRTD.reshape(S * R, T, D), key_SRND.reshape(S * R, N, D)
+    if T >= FEW_TOKENS and width != N:
+        key_XND = F.pad(key_XND, (0, 0, 0, width - N))
+    torch.bmm(query_XTD, key_XND.mT, out=side_XTN[..., : key_XND.shape[1]])
+    return side_XTN.view(S, R, T, width)[..., :N]
+
+
+@torch.library.custom_op("ultramem::retrieve_forward", mutates_args=())
+def retrieve_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    leading: torch.Tensor,
+    cores: torch.Tensor,
+    coarse_k: int,
+    top_m: int,
+    permutation: Optional[torch.Tensor],
+    offset: int,
+    rows: int,
+    known_keys: Optional[torch.Tensor],
+    backend: Optional[str],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(row indices [T, M], scores [T, M, C], keys [S, T, M], side scores at them [S, R, T, M])."""
+    chosen = choose(backend, query, lambda: True)
+    if chosen == "reference":
+        return _reference_forward(query, key, leading, cores, coarse_k, top_m, permutation, offset, rows, known_keys)
+    from ultramem_kernels.retrieval import cuda, select_triton
+
+    side = _side_scores(query, key)
+    cores, leading = cores.float().contiguous(), leading.float().contiguous()
+    by_hand = chosen == "cuda"
+    if known_keys is not None:
+        return select_triton.exact_pass(side, None, cores, top_m, permutation, offset, rows, known_keys.clone())
+    coarse = cuda if by_hand and cuda.supports_coarse(side, coarse_k) else select_triton
+    exact = cuda if by_hand and cuda.supports_exact(side, coarse_k, top_m) else select_triton
+    candidates = coarse.coarse_pass(side, leading, coarse_k)
+    return exact.exact_pass(side, candidates, cores, top_m, permutation, offset, rows)
+
+
+def _reference_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    leading: torch.Tensor,
+    cores: torch.Tensor,
+    coarse_k: int,
+    top_m: int,
+    permutation: torch.Tensor | None,
+    offset: int,
+    rows: int,
+    known_keys: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    side = reference.side_scores(query, key)
+    keys = known_keys.clone() if known_keys is not None else reference.select(side, leading, cores.sum(0), coarse_k, top_m)
+    kept = reference.gather_keys(side, keys).to(torch.promote_types(side.dtype, torch.float32))
+    indices = reference.physical_rows(keys, key.shape[2], permutation, offset, rows)
+    return indices, reference.pair_scores(kept, cores).contiguous(), keys, kept
+
+
+@retrieve_forward.register_fake
+def _(query, key, leading, cores, coarse_k, top_m, permutation, offset, rows, known_keys, backend):  # type: ignore[no-untyped-def]
+    S, R, T, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty(T, top_m, dtype=torch.int32 if rows <= 2**31 - 1 else torch.int64),
+        query.new_empty(T, top_m, cores.shape[0], dtype=wide),
+        query.new_empty(S, T, top_m, dtype=torch.int32),
+        query.new_empty(S, R, T, top_m, dtype=wide),
+    )
+
+
+@torch.library.custom_op("ultramem::retrieve_backward", mutates_args=())
+def retrieve_backward(
+    grad_scores: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cores: torch.Tensor,
+    keys: torch.Tensor,
+    kept: torch.Tensor,
+    backend: Optional[str],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the queries [S, R, T, D], the keys [S, R, N, D] and the cores [C, R, R]."""
+    S, R, T, D = query.shape
+    N = key.shape[2]
+    chosen = choose(backend, query, lambda: True)
+    if chosen == "reference":
+        grad_side, grad_cores = reference.dense_gradient(grad_scores, kept, cores, keys, N)
+        wide_query, wide_key = query.to(grad_side.dtype), key.to(grad_side.dtype)
+        grad_query = torch.matmul(grad_side, wide_key).to(query.dtype)
+        return grad_query, torch.matmul(grad_side.mT, wide_query).to(key.dtype), grad_cores.to(cores.dtype)
+    from ultramem_kernels.retrieval.backward_triton import dense_gradient
+
+    width = _padded_width(N)
+    grad_side, grad_cores = dense_gradient(grad_scores, kept, cores, keys, width, query.dtype)
+    X = S * R
+    grad_side, query_XTD, key_XND = grad_side.view(X, T, width), query.reshape(X, T, D), key.reshape(X, N, D)
+    if width != N:
+        key_XND = F.pad(key_XND, (0, 0, 0, width - N))
+    grad_query = torch.bmm(grad_side, key_XND).view(S, R, T, D)
+    chunks = TOKEN_CHUNKS if T % TOKEN_CHUNKS == 0 and T >= FEW_TOKENS else 1
+    grad_key = torch.bmm(
+        grad_side.view(X * chunks, T // chunks, width).mT, query_XTD.reshape(X * chunks, T // chunks, D)
+    )
+    grad_key = grad_key.view(X, chunks, width, D).sum(1, dtype=torch.float32)[:, :N].to(key.dtype)
+    return grad_query, grad_key.contiguous().view(S, R, N, D), grad_cores.to(cores.dtype)
+
+
+@retrieve_backward.register_fake
+def _(grad_scores, query, key, cores, keys, kept, backend):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), torch.empty_like(cores)
+
+
+class _Retrieve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        leading: torch.Tensor,
+        cores: torch.Tensor,
+        coarse_k: int,
+        top_m: int,
+        permutation: torch.Tensor | None,
+        offset: int,
+        rows: int,
+        known_keys: torch.Tensor | None,
+        backend: str | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        indices, scores, keys, kept = retrieve_forward(
+            query, key, leading, cores, coarse_k, top_m, permutation, offset, rows, known_keys, backend
+        )
+        ctx.save_for_backward(query, key, cores, keys, kept)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(indices, keys)
+        return indices, scores, keys
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _indices: Any, grad_scores: torch.Tensor, _keys: Any) -> tuple[torch.Tensor | None, ...]:
+        query, key, cores, keys, kept = ctx.saved_tensors
+        grads = retrieve_backward(grad_scores.contiguous(), query, key, cores, keys, kept, ctx.backend)
+        return grads[0], grads[1], None, grads[2], *(None,) * 7
+
+
+def retrieve(
+    query_SRTD: torch.Tensor,
+    key_SRND: torch.Tensor,
+    leading_SR: torch.Tensor,
+    cores_CRR: torch.Tensor,
+    *,
+    coarse_k: int,
+    top_m: int,
+    permutation: torch.Tensor | None = None,
+    offset: int = 0,
+    rows: int | None = None,
+    known_keys_STM: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(row indices [T, M] int32, scores [T, M, C] fp32, keys [S, T, M] int32) of `reference.retrieve`.
+
+    query_SRTD      normalised queries, any strides; an expanded R is fine (one query per side for all ranks)
+    key_SRND        normalised keys, dtype of the queries; normalise them once per step, not per micro-batch
+    leading_SR      leading singular vectors (u, t) of the summed cores, detached
+    cores_CRR       Tucker cores
+    permutation     int32 [n*n] or None; row = (permutation[i*n + j] + offset) mod rows, rows n*n by default
+    known_keys_STM  keys that an earlier call returned, to skip the selection (activation recompute)
+
+    Scores carry gradients to queries, keys and cores. The M pairs of a token come in no particular order, but always in
+    the same one. Indices are int64 where `rows` exceeds int32. Raises ValueError where the sizes do not fit.
+    """
+    n = key_SRND.shape[2]
+    if query_SRTD.shape[0] != 2 or key_SRND.shape[:2] != query_SRTD.shape[:2] or query_SRTD.dtype != key_SRND.dtype:
+        raise ValueError(f"queries {tuple(query_SRTD.shape)} {query_SRTD.dtype} and keys {tuple(key_SRND.shape)} "
+                         f"{key_SRND.dtype} must agree in sides (2), ranks and dtype")  # fmt: skip
+    if not (1 <= coarse_k <= n and 1 <= top_m <= coarse_k**2):
+        raise ValueError(f"coarse_k={coarse_k} must be in 1..{n} (keys per side) and top_m={top_m} in 1..coarse_k**2")
+    if permutation is not None and permutation.numel() != n * n:
+        raise ValueError(f"permutation of {permutation.numel()} entries for {n}*{n} pairs")
+    return _Retrieve.apply(
+        query_SRTD, key_SRND, leading_SR, cores_CRR, coarse_k, top_m, permutation, offset, rows or n * n, known_keys_STM,
+        backend,
+    )  # fmt: skip
