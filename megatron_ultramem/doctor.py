@@ -164,6 +164,8 @@ _PACKAGES = (
 
 
 def _cudnn(group: str) -> Finding:
+    import torch
+
     try:
         version = torch.backends.cudnn.version()
     except RuntimeError as error:  # two cuDNNs on one machine: what was loaded is not what torch was built with
