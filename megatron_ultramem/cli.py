@@ -59,15 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="continue prompts with a trained model",
         description="Continues prompts with a trained model, streaming to the terminal.",
     )
-    generate.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, folder of them, or run folder")
-    source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--prompts-file", type=Path, help="file with one prompt a line, continued as a batch")
-    generate.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1)")
-    generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
-    generate.add_argument("--top-p", type=float, default=1.0, help="sample within this probability mass (default 1)")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    _add_generation(generate)
     _add_ranks(generate)
     generate.set_defaults(run=_generate)
 
@@ -88,6 +80,33 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="settings on top of the file")
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, folder of them, or run folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue, as a stream; '' starts a document")
+    source.add_argument(
+        "--prompts-file",
+        type=Path,
+        help='prompts to continue in batches: one a line, or in a .jsonl file {"prompt": ...} a line',
+    )
+    parser.add_argument("--output", type=Path, help="write JSON lines to this file instead of text to the terminal")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample within this probability mass (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    parser.add_argument("--ignore-eod", action="store_true", help="go on after an end-of-document token")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts computed together at most (default 16)")
+    parser.add_argument("--no-cache", action="store_true", help="compute the whole sequence for every token (slow)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.setting=value",
+        help="settings on top of the checkpoint's, such as train.precision=bf16; the model is split over all ranks",
+    )
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:

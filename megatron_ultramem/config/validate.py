@@ -7,10 +7,13 @@ from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
 
 
-def validate(config: Config) -> None:
-    """Raises ConfigError for the first illegal combination that does not depend on the number of ranks."""
+def validate(config: Config, *, training: bool = True) -> None:
+    """Raises ConfigError for the first illegal combination that does not depend on the number of ranks.
+
+    Without `training` (inference), what only gradients need is not asked for.
+    """
     _validate_model(config)
-    _validate_parallel(config)
+    _validate_parallel(config, training)
     _validate_pools(config)
     _validate_batches(config)
     _validate_rest(config)
@@ -101,7 +104,7 @@ def _validate_model(config: Config) -> None:
         )
 
 
-def _validate_parallel(config: Config) -> None:
+def _validate_parallel(config: Config, training: bool) -> None:
     p, m = config.parallel, config.model
     tp, pp, vp, cp = (
         p.tensor_parallel_size,
@@ -127,7 +130,7 @@ def _validate_parallel(config: Config) -> None:
         raise ConfigError(
             "parallel.sequence_parallel = true needs parallel.tensor_parallel_size above 1; legal: false or null"
         )
-    if tp > 1 and not sequence_parallel and (memory or moe):
+    if training and tp > 1 and not sequence_parallel and (memory or moe):
         raise ConfigError(
             "parallel.sequence_parallel = false with parallel.tensor_parallel_size = "
             f"{tp}: memory and MoE layers need every rank to hold its own tokens; legal: true or null"

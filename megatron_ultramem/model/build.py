@@ -30,7 +30,7 @@ def padded_vocab_size(config: Config, vocab_size: int) -> int:
 
 
 def build_chunks(
-    config: Config, vocab_size: int, backend: str, device: torch.device
+    config: Config, vocab_size: int, backend: str, device: torch.device, *, draw_parameters: bool = True
 ) -> tuple[TransformerConfig, list[GPTModel]]:
     """The initialised model chunks of this rank, one for each virtual pipeline stage, in fp32 or bf16.
 
@@ -39,14 +39,17 @@ def build_chunks(
     Args:
         vocab_size: of the tokenizer (or model.vocab_size), before padding.
         backend: 'local' or 'transformer_engine'.
+        draw_parameters: false leaves them as allocated, for a checkpoint to fill.
     """
     megatron_config = transformer_config(config, backend)
+    megatron_config.perform_initialization = draw_parameters
     chunks = [
         _build_chunk(config, megatron_config, stage, vocab_size, backend, device)
         for stage in range(config.parallel.virtual_pipeline_stages)
     ]
-    initialize(chunks, config.train.seed, linear_std(config))
-    refresh_all(layer.retrieval for layer in memory_layers(chunks))
+    if draw_parameters:
+        initialize(chunks, config.train.seed, linear_std(config))
+        refresh_all(layer.retrieval for layer in memory_layers(chunks))
     return megatron_config, chunks
 
 
