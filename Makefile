@@ -26,7 +26,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python tools/bench_kernels.py
 
-$(READY): setup.py constraints.txt
+$(READY): setup.py constraints.txt $(wildcard kernels/*/__init__.py)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
