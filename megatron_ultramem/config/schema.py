@@ -162,6 +162,38 @@ class ParallelConfig:
     )
     context_parallel_size: int = setting(1, "CP: ranks that split the sequence (needs Transformer Engine).", minimum=1)
     expert_parallel_size: int = setting(1, "EP: ranks that split the experts.", minimum=1)
+    memory_parallel_size: int = setting(
+        1, "P: ranks that share the value tables, each with its part; the same group as that of the experts.", minimum=1
+    )
+    memory_placement: str = setting(
+        "auto",
+        "What the ranks of a memory-parallel group hold: replicated (everything; P = 1), rows (all columns of 1/P of "
+        "the rows), columns (1/P of the columns of all rows), two_level (columns within a node, rows across nodes); "
+        "auto: replicated for P = 1, else the fastest by the cost model (`ultramem plan`).",
+        choices=("auto", "replicated", "rows", "columns", "two_level"),
+    )
+    memory_columns: Optional[int] = setting(
+        None, "two_level: consecutive ranks that share columns; null: ranks_per_node.", minimum=2
+    )
+    exchange_capacity: Optional[float] = setting(
+        None,
+        "rows and two_level: static sizes with room for this multiple of an even share, and a second round for what "
+        "does not fit; null: sizes follow the tokens.",
+        above=0,
+    )
+    overlap_exchange: bool = setting(
+        False, "Run the memory layer, with its exchange, on a CUDA stream of its own beside the FFN."
+    )
+    ranks_per_node: int = setting(8, "GPUs that a fast link joins; for the cost model and two_level.", minimum=1)
+    intra_node_gb_per_s: float = setting(
+        282.0, "All-to-all bandwidth of a rank within a node, for the cost model (measured on H200).", above=0
+    )
+    inter_node_gb_per_s: float = setting(
+        45.0, "All-to-all bandwidth of a rank between nodes, for the cost model (one 400 Gb/s link).", above=0
+    )
+    exchange_latency_us: float = setting(
+        30.0, "Time of a small all-to-all in microseconds, for the cost model (measured on H200).", minimum=0
+    )
     distributed_optimizer: bool = setting(True, "Split optimizer state over data-parallel ranks.")
     overlap_grad_reduce: bool = setting(False, "Reduce gradients while the backward pass runs.")
     overlap_param_gather: bool = setting(

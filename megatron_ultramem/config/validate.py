@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.validate_memory import expert_group_size, validate_memory_parallel
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
 
@@ -15,6 +16,7 @@ def validate(config: Config, *, training: bool = True) -> None:
     _validate_model(config)
     _validate_parallel(config, training)
     _validate_pools(config)
+    validate_memory_parallel(config)
     _validate_batches(config)
     _validate_rest(config)
 
@@ -31,10 +33,11 @@ def validate_world(config: Config, world_size: int) -> int:
         )
     data_parallel = world_size // model_ranks
     expert_ranks = world_size // p.pipeline_parallel_size
-    if expert_ranks % p.expert_parallel_size:
+    if expert_ranks % expert_group_size(config):
+        name = "memory_parallel_size" if p.memory_parallel_size > 1 else "expert_parallel_size"
         raise ConfigError(
-            f"parallel.expert_parallel_size = {p.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
-            f"pipeline stage; legal: a divisor of {expert_ranks}"
+            f"parallel.{name} = {expert_group_size(config)} does not divide the {expert_ranks} ranks of a pipeline "
+            f"stage; legal: a divisor of {expert_ranks}"
         )
     samples = config.train.micro_batch_size * data_parallel
     for setting, value in batch_sizes(config):

@@ -5,13 +5,17 @@
 Gradients of the tables never become autograd tensors where a table has a `main_grad` buffer: the backward adds its
 rows to that buffer in place. Otherwise (small models, gradcheck) ordinary dense gradients are returned.
 
+A `LookupPath` is how pooled values come about: `LocalLookup` here, or an exchange with the ranks that hold the rows
+(package `parallel`). `run_lookup` is the one autograd boundary around any of them.
+
 Shapes: T tokens, M rows per token, C cores, V value width Dv, D pre-value width Dp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -20,7 +24,12 @@ from megatron_ultramem.memory.numerics import accumulation_dtype
 
 
 class LookupBackend(Protocol):
-    """What a backend provides: both directions of the formula above, without autograd."""
+    """What a backend provides: both directions of the formula above, whole and in parts, without autograd.
+
+    Sums are formed in fp32 (fp64 for fp64). `padded`: a negative index means no row, which contributes nothing and gets
+    no gradient. Backwards ADD gradients of tables to the buffers they are given (None: not wanted). `column_start` is
+    where the columns of `values` lie within the C slices of `core_width` that the weights are for.
+    """
 
     def forward(
         self,
@@ -30,8 +39,9 @@ class LookupBackend(Protocol):
         values: torch.Tensor,
         pre_values: torch.Tensor,
         activation: str,
+        padded: bool = False,
     ) -> torch.Tensor:
-        """Pooled values [T, Dv] in the dtype of `pre_input_TD`, accumulated in fp32 (fp64 for fp64)."""
+        """Pooled values [T, Dv] in the dtype of `pre_input_TD`."""
 
     def backward(
         self,
@@ -44,8 +54,126 @@ class LookupBackend(Protocol):
         activation: str,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
+        padded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of scores and pre_input; ADDS those of the tables to the two buffers (None: not wanted)."""
+        """Gradients of scores and pre_input, in their dtypes."""
+
+    def dots(
+        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: torch.Tensor, padded: bool = False
+    ) -> torch.Tensor:
+        """<x', P[row]> over the columns at hand, [T, M] in the accumulation dtype."""
+
+    def dots_backward(
+        self,
+        grad_dots_TM: torch.Tensor,
+        indices_TM: torch.Tensor,
+        pre_input_TD: torch.Tensor,
+        pre_values: torch.Tensor,
+        pre_values_grad: torch.Tensor | None,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        """Gradient of pre_input, in its dtype."""
+
+    def weighted_sum(
+        self,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: torch.Tensor,
+        column_start: int,
+        core_width: int,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        """Sum over m of weights * V[row] over the columns at hand, [T, columns] in the table's dtype."""
+
+    def weighted_sum_backward(
+        self,
+        grad_pooled_TV: torch.Tensor,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: torch.Tensor,
+        column_start: int,
+        core_width: int,
+        values_grad: torch.Tensor | None,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        """Gradient of the weights [T, M, C] in the accumulation dtype."""
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    tensors: tuple[torch.Tensor, ...]
+    plan: Any = None  # sizes and the like
+
+
+class LookupPath(Protocol):
+    """Both directions of a lookup for the tokens of this rank, without autograd; may communicate in both."""
+
+    def forward(
+        self,
+        indices_TM: torch.Tensor,
+        scores_TMC: torch.Tensor,
+        pre_input_TD: torch.Tensor,
+        values: torch.Tensor,
+        pre_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, Saved]:
+        """Pooled values [T, Dv] in the dtype of `pre_input_TD`, and what the backward needs."""
+
+    def backward(
+        self,
+        saved: Saved,
+        grad_pooled_TV: torch.Tensor,
+        values: torch.Tensor,
+        pre_values: torch.Tensor,
+        values_grad: torch.Tensor | None,
+        pre_values_grad: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of scores and pre_input, in their dtypes; ADDS those of the tables to the two buffers."""
+
+
+@dataclass(frozen=True)
+class LocalLookup:
+    """The `LookupPath` of tables that this rank holds whole. `padded`: as in `LookupBackend`."""
+
+    backend: LookupBackend
+    activation: str = "none"
+    padded: bool = False
+
+    def forward(
+        self,
+        indices_TM: torch.Tensor,
+        scores_TMC: torch.Tensor,
+        pre_input_TD: torch.Tensor,
+        values: torch.Tensor,
+        pre_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, Saved]:
+        pooled_TV = self.backend.forward(
+            indices_TM, scores_TMC, pre_input_TD, values, pre_values, self.activation, self.padded
+        )
+        return pooled_TV, Saved((indices_TM, scores_TMC, pre_input_TD))
+
+    def backward(
+        self,
+        saved: Saved,
+        grad_pooled_TV: torch.Tensor,
+        values: torch.Tensor,
+        pre_values: torch.Tensor,
+        values_grad: torch.Tensor | None,
+        pre_values_grad: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        indices_TM, scores_TMC, pre_input_TD = saved.tensors
+        return self.backend.backward(
+            grad_pooled_TV,
+            indices_TM,
+            scores_TMC,
+            pre_input_TD,
+            values,
+            pre_values,
+            self.activation,
+            values_grad,
+            pre_values_grad,
+            self.padded,
+        )
 
 
 def lookup_backend(name: str, device: torch.device) -> LookupBackend:
@@ -65,14 +193,31 @@ def lookup(
     backend: str = "auto",
     after_backward: Callable[[], None] | None = None,
 ) -> torch.Tensor:
+    """`run_lookup` in whole tables [rows, Dv] and [rows, Dp] on this rank.
+
+    activation: 'none' or 'gelu', on the pre-value dot product.
+    """
+    path = LocalLookup(lookup_backend(backend, values.device), activation)
+    return run_lookup(path, indices_TM, scores_TMC, pre_input_TD, values, pre_values, after_backward=after_backward)
+
+
+def run_lookup(
+    path: LookupPath,
+    indices_TM: torch.Tensor,
+    scores_TMC: torch.Tensor,
+    pre_input_TD: torch.Tensor,
+    values: torch.Tensor,
+    pre_values: torch.Tensor,
+    *,
+    after_backward: Callable[[], None] | None = None,
+) -> torch.Tensor:
     """Pooled values [T, Dv] in the dtype of `pre_input_TD`; differentiable in all but the indices.
 
     Args:
-        indices_TM: physical rows, int64.
+        indices_TM: physical rows, integers.
         scores_TMC: score of every row per core; Dv divides into C slices.
-        values, pre_values: tables [rows, Dv] and [rows, Dp]. A table with a `main_grad` attribute (of its shape) gets
-            its gradient there, in place, and none from autograd.
-        activation: 'none' or 'gelu', on the pre-value dot product.
+        values, pre_values: tables, or this rank's shards of them. A table with a `main_grad` attribute (of its shape)
+            gets its gradient there, in place, and none from autograd.
         after_backward: called at the end of the backward, once the gradients are in `main_grad`; only if some table
             has one.
     """
@@ -84,8 +229,8 @@ def lookup(
     tables = [
         table if sink is None else table.detach() for table, sink in zip((values, pre_values), sinks, strict=True)
     ]
-    chosen = lookup_backend(backend, values.device)
-    return _Lookup.apply(indices_TM, scores_TMC, pre_input_TD, *tables, activation, chosen, sinks, after_backward)
+    pooled_TV: torch.Tensor = _Lookup.apply(indices_TM, scores_TMC, pre_input_TD, *tables, path, sinks, after_backward)
+    return pooled_TV
 
 
 def _has_main_grad(table: torch.Tensor) -> bool:
@@ -101,19 +246,19 @@ class _Lookup(torch.autograd.Function):
         pre_input_TD: torch.Tensor,
         values: torch.Tensor,
         pre_values: torch.Tensor,
-        activation: str,
-        backend: LookupBackend,
+        path: LookupPath,
         sinks: tuple[torch.Tensor | None, torch.Tensor | None],
         after_backward: Callable[[], None] | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(indices_TM, scores_TMC, pre_input_TD, values, pre_values)
-        ctx.activation, ctx.backend, ctx.sinks, ctx.after_backward = activation, backend, sinks, after_backward
-        return backend.forward(indices_TM, scores_TMC, pre_input_TD, values, pre_values, activation)
+        pooled_TV, saved = path.forward(indices_TM, scores_TMC, pre_input_TD, values, pre_values)
+        ctx.save_for_backward(values, pre_values, *saved.tensors)
+        ctx.path, ctx.plan, ctx.sinks, ctx.after_backward = path, saved.plan, sinks, after_backward
+        return pooled_TV
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_pooled_TV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, values, pre_values = ctx.saved_tensors
+        values, pre_values, *tensors = ctx.saved_tensors
         buffers = []
         for table, sink, wanted in zip((values, pre_values), ctx.sinks, ctx.needs_input_grad[3:5], strict=True):
             if sink is not None:
@@ -122,8 +267,8 @@ class _Lookup(torch.autograd.Function):
                 buffers.append(torch.zeros_like(table, dtype=accumulation_dtype(table.dtype)))
             else:
                 buffers.append(None)
-        grad_scores, grad_pre_input = ctx.backend.backward(
-            grad_pooled_TV, *inputs, values, pre_values, ctx.activation, *buffers
+        grad_scores, grad_pre_input = ctx.path.backward(
+            Saved(tuple(tensors), ctx.plan), grad_pooled_TV, values, pre_values, *buffers
         )
         if ctx.after_backward is not None and any(sink is not None for sink in ctx.sinks):
             ctx.after_backward()
@@ -131,4 +276,4 @@ class _Lookup(torch.autograd.Function):
             buffer.to(table.dtype) if buffer is not None and sink is None else None
             for table, buffer, sink in zip((values, pre_values), buffers, ctx.sinks, strict=True)
         ]
-        return None, grad_scores, grad_pre_input, *dense, None, None, None, None
+        return None, grad_scores, grad_pre_input, *dense, None, None, None

@@ -6,15 +6,17 @@ after the last of the layers is the gradient of a microbatch complete, which `gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from megatron_ultramem.memory.geometry import Pool
-from megatron_ultramem.memory.init import Normal, fill_, retrieval_gain, sigma_v
-from megatron_ultramem.memory.lookup import lookup
+from megatron_ultramem.memory.init import Normal, retrieval_gain, sigma_v
+from megatron_ultramem.memory.lookup import LocalLookup, LookupPath, lookup_backend, run_lookup
+from megatron_ultramem.memory.shards import TableShard
 
 if TYPE_CHECKING:
     from megatron_ultramem.config.schema import MemoryConfig
@@ -22,12 +24,34 @@ if TYPE_CHECKING:
 RELEASED_VALUE_STD = 0.02
 
 
+class Placement(Protocol):
+    """Which shard of every pool this rank holds, and how looked-up values reach the tokens that want them."""
+
+    def shard(self, pool: Pool, width: int) -> TableShard:
+        """This rank's part of a table of the pool of that width."""
+
+    def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
+        """The lookup in those shards."""
+
+
+class WholeTables:
+    """The `Placement` without parallelism: this rank holds everything it looks up."""
+
+    def shard(self, pool: Pool, width: int) -> TableShard:
+        return TableShard.whole(pool.padded_rows, width)
+
+    def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
+        return LocalLookup(lookup_backend(config.lookup_backend, device), config.activation)
+
+
 class ValuePool(nn.Module):
     """Parameters `values` [padded_rows, Dv] and `pre_values` [padded_rows, Dp] of one pool, uninitialised.
 
-    Each carries its `initializer`: N(0, sigma_V^2) of the paper, or the released code's 0.02.
+    A rank holds the shard of each that its placement says. Each carries its `initializer`: N(0, sigma_V^2) of the
+    paper, or the released code's 0.02.
 
     Attributes:
+        shards: by name of the table, the part that this rank holds.
         num_users: layers that look up in this pool; each has one backward per microbatch.
         grad_ready: called with each table that has a `main_grad`, once per microbatch, when all users' backwards are
             done.
@@ -41,13 +65,17 @@ class ValuePool(nn.Module):
         hidden_size: int,
         num_layers: int,
         ffn_ratio: float,
+        placement: Placement | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """`num_layers` are all of the model's; `ffn_ratio` is the FFN's inner width / h. Both enter sigma_V."""
+        """
+        Args:
+            num_layers: all of the model's; with `ffn_ratio`, the FFN's inner width / h, it enters sigma_V.
+            placement: None: this rank holds the whole tables.
+        """
         super().__init__()
         self.pool = pool
-        self.activation, self.backend = config.activation, config.lookup_backend
         self.num_users = len(pool.layers)
         self.grad_ready: Callable[[nn.Parameter], None] | None = None
         self._backwards = 0
@@ -57,26 +85,36 @@ class ValuePool(nn.Module):
             std = sigma_v(
                 config, hidden_size=hidden_size, num_layers=num_layers, ffn_ratio=ffn_ratio, score_variance=variance
             )
-        self.values = nn.Parameter(torch.empty(pool.padded_rows, config.value_dim, dtype=dtype, device=device))
-        self.pre_values = nn.Parameter(torch.empty(pool.padded_rows, config.pre_value_dim, dtype=dtype, device=device))
+        placement = placement or WholeTables()
+        self.shards = {
+            "values": placement.shard(pool, config.value_dim),
+            "pre_values": placement.shard(pool, config.pre_value_dim),
+        }
+        self.values = nn.Parameter(torch.empty(self.shards["values"].shape, dtype=dtype, device=device))
+        self.pre_values = nn.Parameter(torch.empty(self.shards["pre_values"].shape, dtype=dtype, device=device))
         for table in (self.values, self.pre_values):
             table.initializer = Normal(std)  # type: ignore[attr-defined]
+        self._make_path = functools.cache(functools.partial(placement.path, config, pool))
 
     def reset_parameters(self, seed: int) -> None:
         """Draws both tables; the numbers depend on the seed and the number of the pool."""
         for name, table in self.named_parameters():
-            fill_(table, table.initializer, seed, f"pools.{self.pool.index}.{name}")  # type: ignore[attr-defined]
+            self.shards[name].draw_(
+                table.data,
+                table.initializer,  # type: ignore[attr-defined]
+                seed,
+                f"pools.{self.pool.index}.{name}",
+            )
 
     def lookup(self, indices_TM: torch.Tensor, scores_TMC: torch.Tensor, pre_input_TD: torch.Tensor) -> torch.Tensor:
-        """Pooled values [T, Dv] of physical rows `indices_TM`; see `memory.lookup`."""
-        return lookup(
+        """Pooled values [T, Dv] of physical rows `indices_TM`; see `memory.lookup`. May be a collective call."""
+        return run_lookup(
+            self._make_path(self.values.device),
             indices_TM,
             scores_TMC,
             pre_input_TD,
             self.values,
             self.pre_values,
-            self.activation,
-            backend=self.backend,
             after_backward=self._count_backward,
         )
 

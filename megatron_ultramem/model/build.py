@@ -16,11 +16,12 @@ from megatron_ultramem.config.validate import stage_of_layer
 from megatron_ultramem.memory.geometry import plan_pools
 from megatron_ultramem.memory.layer import UltraMemV2
 from megatron_ultramem.memory.retrieval import refresh_all
-from megatron_ultramem.memory.tables import ValuePool
+from megatron_ultramem.memory.tables import Placement, ValuePool
 from megatron_ultramem.model.initialize import initialize
 from megatron_ultramem.model.pools import PoolBank
 from megatron_ultramem.model.specs import block_spec
 from megatron_ultramem.model.transformer_config import dtype_of, linear_std, transformer_config
+from megatron_ultramem.parallel.placement import memory_placement
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:
@@ -43,8 +44,10 @@ def build_chunks(
     """
     megatron_config = transformer_config(config, backend)
     megatron_config.perform_initialization = draw_parameters
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    placement = memory_placement(config, groups)
     chunks = [
-        _build_chunk(config, megatron_config, stage, vocab_size, backend, device)
+        _build_chunk(config, megatron_config, stage, vocab_size, backend, device, groups, placement)
         for stage in range(config.parallel.virtual_pipeline_stages)
     ]
     if draw_parameters:
@@ -70,13 +73,14 @@ def _build_chunk(
     vocab_size: int,
     backend: str,
     device: torch.device,
+    groups: ProcessGroupCollection,
+    placement: Placement,
 ) -> GPTModel:
     m, p = config.model, config.parallel
     stage = parallel_state.get_pipeline_model_parallel_rank()
     home = (stage, virtual_stage)
     stages = stage_of_layer(config)
     layers = [layer for layer, place in enumerate(stages) if place == home]
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     pools = [pool for pool in plan_pools(m) if stages[pool.layers[0]] == home]
     tables = {
         pool.index: ValuePool(
@@ -85,6 +89,7 @@ def _build_chunk(
             hidden_size=m.hidden_size,
             num_layers=m.num_layers,
             ffn_ratio=m.ffn_hidden_size / m.hidden_size,
+            placement=placement,
             dtype=dtype_of(config),
             device=device,
         )

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_ultramem.memory.shards import TableShard
 from megatron_ultramem.memory.tables import ValuePool
 
 
@@ -36,14 +37,45 @@ class PoolBank(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Replicated tables: one saved copy, keyed by the number of the pool."""
-        return {
-            prefix + name: ShardedTensor.from_rank_offsets(
-                prefix + name,
-                param,
-                *sharded_offsets,
-                replica_id=(0, 0, self._replica),
-                prepend_axis_num=len(sharded_offsets),
-            )
-            for name, param in self.named_parameters()
-        }
+        """Tables by the number of their pool, whatever the placement: any other can load them."""
+        state: ShardedStateDict = {}
+        for pool in self.children():
+            assert isinstance(pool, ValuePool)
+            for name, shard in pool.shards.items():
+                key = f"{prefix}{pool.pool.index}.{name}"
+                state[key] = sharded_table(
+                    key, getattr(pool, name), shard, sharded_offsets, replica_id=(0, 0, self._replica)
+                )
+        return state
+
+
+def sharded_table(
+    key: str,
+    table: torch.Tensor,
+    shard: TableShard,
+    sharded_offsets: tuple[Any, ...] = (),
+    *,
+    replica_id: tuple[int, int, int],
+) -> ShardedTensor | ShardedTensorFactory:
+    """A rank's shard of a table as Megatron's checkpoints take it; a factory where it is not one block of rows."""
+    prepended = len(sharded_offsets)
+
+    def block(key: str, rows: torch.Tensor, row_start: int, replica_id: Any) -> ShardedTensor:
+        return ShardedTensor.from_rank_offsets(
+            key,
+            rows,
+            *sharded_offsets,
+            (prepended, row_start // shard.block_rows, shard.rows // shard.block_rows),
+            (prepended + 1, shard.column_start // shard.columns, shard.width // shard.columns),
+            replica_id=replica_id,
+            prepend_axis_num=prepended,
+        )
+
+    if len(shard.row_starts) == 1:
+        return block(key, table, shard.row_starts[0], replica_id)
+
+    def build(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
+        assert flattened_range is None  # only in formats of optimizer state that cannot be resharded
+        return [block(key, tensor[rows], start, replica_id) for rows, (start, _) in shard.pieces()]
+
+    return ShardedTensorFactory(key, table, build, torch.cat, replica_id)

@@ -10,6 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate_world
+from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.platform import Platform
 
 
@@ -41,7 +42,7 @@ def initialize_model_parallel(config: Config) -> None:
         pipeline_model_parallel_size=p.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_stages if p.virtual_pipeline_stages > 1 else None,
         context_parallel_size=p.context_parallel_size,
-        expert_model_parallel_size=p.expert_parallel_size,
+        expert_model_parallel_size=expert_group_size(config),
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(p.timeout_minutes)),
     )

@@ -81,6 +81,16 @@ def assemble(per_rank: list[Shards]) -> dict[str, np.ndarray]:
     return full
 
 
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """Equal to round-off: the largest difference is a small part of the tensor's largest element."""
+    assert actual.keys() == expected.keys()
+    for key, wanted in expected.items():
+        scale = np.abs(wanted).max()
+        assert np.isfinite(wanted).all()
+        worst = np.abs(actual[key] - wanted).max()
+        assert worst <= tolerance * scale + 1e-9, f"{key}: differs by {worst:.3g}, its largest element is {scale:.3g}"
+
+
 def _gather_gradient_buffers(run: Run) -> None:
     """With the distributed optimizer a rank holds the reduced gradients of its own part of each bucket alone."""
     for ddp in run.chunks:

@@ -1,0 +1,126 @@
+"""Which placement of the value tables is fastest: an estimate from message sizes, bandwidths and latency. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_ultramem.memory.geometry import plan_pools
+from megatron_ultramem.parallel.traffic import Widths, columns_bytes, expected_queries, expected_rows_bytes
+
+if TYPE_CHECKING:  # the config package checks its settings with this module: importing it here would be a circle
+    from megatron_ultramem.config.schema import Config
+
+SECTOR_BYTES = 64  # narrower column shards waste what an H100 reads
+# Messages of a forward and a backward, the exchange of sizes among them.
+ROWS_MESSAGES, COLUMNS_MESSAGES = 5, 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One placement of the pools of a model, per memory layer and micro-batch.
+
+    Attributes:
+        columns: ranks that share the columns (1: none do).
+        forward_bytes, backward_bytes: received by a rank from others.
+        microseconds: of communication, forward and backward, if nothing else runs.
+        problem: why it cannot or should not be used; '' if nothing is wrong.
+    """
+
+    placement: str
+    columns: int
+    forward_bytes: int
+    backward_bytes: int
+    microseconds: float
+    problem: str = ""
+
+
+def tokens_per_rank(config: Config) -> int:
+    """Tokens that a rank brings into a memory layer in one micro-batch."""
+    p = config.parallel
+    return (
+        config.train.micro_batch_size
+        * config.data.sequence_length
+        // (p.tensor_parallel_size * p.context_parallel_size)
+    )
+
+
+def widths(config: Config) -> Widths:
+    m = config.model.memory
+    size = 2 if config.train.precision == "bf16" else 4
+    return Widths(m.top_m * m.num_heads, m.num_cores, m.value_dim, m.pre_value_dim, size)
+
+
+def two_level_columns(config: Config) -> int:
+    """Ranks that share columns in the two-level placement."""
+    p = config.parallel
+    return p.memory_columns or min(p.ranks_per_node, p.memory_parallel_size)
+
+
+def estimates(config: Config) -> list[Estimate]:
+    """All placements for parallel.memory_parallel_size, with what is wrong with each."""
+    p = config.parallel
+    ranks, tokens, w = p.memory_parallel_size, tokens_per_rank(config), widths(config)
+    if ranks == 1:
+        return [Estimate("replicated", 1, 0, 0, 0.0)]
+    in_node = min(ranks, p.ranks_per_node)
+    near = (in_node - 1) / (ranks - 1)  # share of what a rank receives that comes from its node
+
+    def time(received: float, near: float, messages: int) -> float:
+        # The two kinds of links work at the same time.
+        links = max(near * received / p.intra_node_gb_per_s, (1 - near) * received / p.inter_node_gb_per_s)
+        return messages * p.exchange_latency_us + links / 1e3
+
+    rows = expected_rows_bytes(w, ranks, tokens)
+    columns = columns_bytes(w, ranks, 0, tokens)
+    found = [
+        Estimate("rows", 1, *rows, time(sum(rows), near, ROWS_MESSAGES), _rows_problem(config, ranks)),
+        Estimate(
+            "columns", ranks, *columns, time(sum(columns), near, COLUMNS_MESSAGES), _columns_problem(config, ranks)
+        ),
+    ]
+    share = two_level_columns(config)
+    if share < ranks and ranks % share == 0 and share > 1:
+        nodes = ranks // share
+        across = expected_rows_bytes(w, nodes, tokens)
+        within = columns_bytes(w, share, 0, round(nodes * expected_queries(nodes, tokens, w.top_m)))
+        total = time(sum(across), 0.0, ROWS_MESSAGES) + time(sum(within), 1.0, COLUMNS_MESSAGES + 1)
+        problem = _rows_problem(config, nodes) or _columns_problem(config, share)
+        found.append(Estimate("two_level", share, across[0] + within[0], across[1] + within[1], total, problem))
+    return found
+
+
+def choose(config: Config) -> Estimate:
+    """The placement that a run uses: what parallel.memory_placement names, or the fastest without a problem."""
+    found, wanted = estimates(config), config.parallel.memory_placement
+    if wanted == "auto":
+        good = [estimate for estimate in found if not estimate.problem] or found
+        return min(good, key=lambda estimate: estimate.microseconds)
+    return next(estimate for estimate in found if estimate.placement == wanted)
+
+
+def shard_width(config: Config, columns: int) -> int:
+    """Bytes of a row of the narrower table when `columns` ranks share the columns."""
+    w = widths(config)
+    return min(w.value_dim, w.pre_value_dim) // columns * w.size
+
+
+def _rows_problem(config: Config, ranks: int) -> str:
+    odd = [pool for pool in plan_pools(config.model) if pool.padded_rows % ranks]
+    if odd:
+        return (
+            f"{ranks} ranks do not divide the {odd[0].padded_rows} rows of a pool; legal: a divisor, or "
+            f"model.memory.rows_multiple a multiple of {ranks} (another model)"
+        )
+    return ""
+
+
+def _columns_problem(config: Config, ranks: int) -> str:
+    m = config.model.memory
+    for name, width in (("value_dim", m.value_dim), ("pre_value_dim", m.pre_value_dim)):
+        if width % ranks:
+            return f"{ranks} ranks do not divide model.memory.{name} = {width}; legal: a divisor"
+    bytes_wide = shard_width(config, ranks)
+    if bytes_wide < SECTOR_BYTES:
+        return f"column shards are {bytes_wide} bytes wide, under the {SECTOR_BYTES} that a GPU reads at once"
+    return ""

@@ -1,0 +1,147 @@
+"""Exchanges over real ranks equal the lookup in whole tables: values, gradients, and the bytes of the formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ultramem.memory.lookup import lookup
+from megatron_ultramem.parallel.exchange_rows import Capacity
+from megatron_ultramem.parallel.routing import RowOwners
+from megatron_ultramem.parallel.traffic import Widths, columns_bytes, rows_bytes
+from tests.distributed.exchange_job import Case, exchange_job
+from tests.distributed.workers import WorkerPool
+
+RING = {"sharing": "ring", "share_size": 2, "num_keys": 6, "rows_multiple": 8}
+CASES = {
+    "rows": Case("rows", (6, 6)),
+    "rows-uneven": Case("rows", (7, 3)),
+    "rows-no-tokens-on-a-rank": Case("rows", (0, 5)),
+    "rows-no-tokens-at-all": Case("rows", (0, 0)),
+    "rows-all-tokens-hit-one-row": Case("rows", (9, 4), "one_row"),
+    "rows-of-a-rank-never-hit": Case("rows", (4, 9), "first_half"),
+    "rows-gelu": Case("rows", (6, 5), memory={"activation": "gelu"}),
+    "rows-one-core": Case("rows", (3, 4), memory={"num_cores": 1}),
+    "rows-window-of-a-pool": Case("rows", (6, 5), memory=RING, layers=4),
+    "rows-4-ranks": Case("rows", (6, 1, 0, 9)),
+    "rows-4-ranks-window": Case("rows", (6, 1, 0, 9), memory=RING, layers=4),
+    "rows-fp32": Case("rows", (16, 16), dtype=torch.float32),
+    "rows-bf16": Case("rows", (16, 11), dtype=torch.bfloat16),
+    "rows-static": Case("rows", (6, 6), capacity=2.0),
+    "rows-static-overflow": Case("rows", (6, 6), capacity=0.5),
+    "rows-static-one-row": Case("rows", (6, 6), "one_row", capacity=1.0),
+    "rows-static-uneven": Case("rows", (6, 2), capacity=1.0),
+    "rows-static-no-tokens-on-a-rank": Case("rows", (6, 0), capacity=1.2),
+    "rows-static-4-ranks-overflow": Case("rows", (6, 9, 0, 4), "first_half", capacity=0.7),
+    "rows-static-bf16": Case("rows", (16, 16), capacity=1.1, dtype=torch.bfloat16),
+    "columns": Case("columns", (6, 6)),
+    "columns-uneven": Case("columns", (7, 3)),
+    "columns-no-tokens-on-a-rank": Case("columns", (0, 5)),
+    "columns-no-tokens-at-all": Case("columns", (0, 0)),
+    "columns-all-tokens-hit-one-row": Case("columns", (9, 4), "one_row"),
+    "columns-gelu": Case("columns", (6, 5), memory={"activation": "gelu"}),
+    "columns-one-core": Case("columns", (3, 4), memory={"num_cores": 1}),
+    "columns-4-ranks": Case("columns", (6, 1, 0, 9)),
+    "columns-4-ranks-more-cores-than-ranks": Case("columns", (3, 4, 5, 2), memory={"num_cores": 8}),
+    "columns-3-ranks-share-2-cores": Case("columns", (4, 2, 5), memory={"value_dim": 12, "pre_value_dim": 9}),
+    "columns-fp32": Case("columns", (16, 16), dtype=torch.float32),
+    "columns-bf16": Case("columns", (16, 11), dtype=torch.bfloat16),
+    "two_level": Case("two_level", (6, 1, 0, 9)),
+    "two_level-window": Case("two_level", (3, 3, 3, 3), memory=RING, layers=4),
+    "two_level-static-overflow": Case("two_level", (6, 5, 0, 4), "first_half", capacity=0.7),
+}
+# Payloads are rounded to bf16, like the tables; sums are not.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}
+
+
+def whole(case: Case) -> dict[str, Any]:
+    """The same lookups on whole tables: per-rank results, and the tables' gradients summed over ranks."""
+    tables = [torch.nn.Parameter(table.double()) for table in case.tables()]
+    found: dict[str, Any] = {"pooled": [], "scores": [], "pre_input": []}
+    for rank in range(len(case.tokens)):
+        indices, scores, pre_input, grad = (x if x.dtype == torch.int64 else x.double() for x in case.inputs(rank))
+        scores.requires_grad_()
+        pre_input.requires_grad_()
+        pooled = lookup(indices, scores, pre_input, *tables, case.config.activation)
+        pooled.backward(grad)
+        found["pooled"].append(pooled.detach())
+        found["scores"].append(scores.grad)
+        found["pre_input"].append(pre_input.grad)
+    return found | {"tables": [table.grad for table in tables]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exchange_equals_the_lookup_in_whole_tables(pool: WorkerPool, name: str) -> None:
+    case = CASES[name]
+    results = pool.run(len(case.tokens), exchange_job, case)
+    expected = whole(case)
+    for rank, result in enumerate(results):
+        for what in ("pooled", "scores", "pre_input"):
+            assert_close(result[what], expected[what][rank], case, f"{what} on rank {rank}")
+        assert result["pooled"].dtype == result["pre_input"].dtype == case.dtype
+        assert result["table_grads"] == [None, None] and result["untouched"]
+    for number, gradient in enumerate(expected["tables"]):
+        covered = torch.zeros(gradient.shape)
+        for result in results:
+            shard, local = result["shards"][number], result["tables"][number]
+            columns = slice(shard.column_start, shard.column_start + shard.columns)
+            for rows, (start, _) in shard.pieces():
+                place = (slice(start, start + shard.block_rows), columns)
+                assert_close(local[rows], gradient[place], case, f"gradient of table {number}")
+                covered[place] += 1
+        assert (covered == 1).all()  # every element has one home
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, case: Case, what: str) -> None:
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=0, atol=TOLERANCE[case.dtype] * scale, msg=lambda text: f"{what}: {text}"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("columns")])
+def test_bytes_of_columns_equal_the_formula(pool: WorkerPool, name: str) -> None:
+    case, ranks = CASES[name], len(CASES[name].tokens)
+    for rank, result in enumerate(pool.run(ranks, exchange_job, case)):
+        assert result["bytes"] == columns_bytes(widths(case), ranks, rank, max(case.tokens))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rows") and "static" not in name])
+def test_bytes_of_rows_equal_the_formula(pool: WorkerPool, name: str) -> None:
+    case, ranks = CASES[name], len(CASES[name].tokens)
+    results = pool.run(ranks, exchange_job, case)
+    shard = results[0]["shards"][0]
+    demand = [demands(case, rank, RowOwners(ranks, shard.block_rows)) for rank in range(ranks)]
+    for rank, result in enumerate(results):
+        others = [other for other in range(ranks) if other != rank]
+        incoming = [demand[other][rank] for other in others]
+        outgoing = [demand[rank][other] for other in others]
+        counts = [[pair[i] for pair in pairs] for pairs in (incoming, outgoing) for i in (0, 1)]
+        assert result["bytes"] == rows_bytes(widths(case), *counts)
+
+
+def test_bytes_of_static_rows_equal_the_formula_for_the_capacity(pool: WorkerPool) -> None:
+    case = Case("rows", (6, 6), capacity=2.0)
+    queries, entries = Capacity(2.0, 6).slots(5, 2)
+    assert (queries, entries) == (6, 30)
+    for result in pool.run(2, exchange_job, case):
+        expected = rows_bytes(widths(case), [queries], [entries], [queries], [entries], dynamic=False)
+        assert result["bytes"] == expected
+
+
+def widths(case: Case) -> Widths:
+    c = case.config
+    return Widths(c.top_m * c.num_heads, c.num_cores, c.value_dim, c.pre_value_dim, case.dtype.itemsize)
+
+
+def demands(case: Case, rank: int, owners: RowOwners) -> list[tuple[int, int]]:
+    """(queries, entries) that a rank sends to every rank, counted one by one."""
+    counted = [(0, 0)] * owners.ranks
+    for row_of_token in case.inputs(rank)[0].tolist():
+        wanted = [index // owners.block_rows % owners.ranks for index in row_of_token]
+        for owner in set(wanted):
+            queries, entries = counted[owner]
+            counted[owner] = queries + 1, entries + wanted.count(owner)
+    return counted

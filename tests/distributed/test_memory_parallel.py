@@ -1,0 +1,124 @@
+"""Training with value tables sharded over ranks equals training on one rank, under every placement and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.distributed.layout_job import assemble, assert_same, train_job
+from tests.distributed.workers import WorkerPool
+
+STEPS = 3
+P2, P4 = "parallel.memory_parallel_size=2", "parallel.memory_parallel_size=4"
+ROWS, COLUMNS = "parallel.memory_placement=rows", "parallel.memory_placement=columns"
+TWO_LEVEL = [P4, "parallel.memory_placement=two_level", "parallel.memory_columns=2"]
+TP2, PP2, EP2 = (f"parallel.{name}_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
+PLAIN = "parallel.distributed_optimizer=false"
+INTERLEAVED = [PP2, "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true"]
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=20000"]
+STATIC = "parallel.exchange_capacity"
+
+MODELS = {
+    "block": ["model.memory.sharing=block", "model.memory.share_size=2"],
+    "ring": ["model.memory.sharing=ring", "model.memory.share_size=2", "model.memory.pool_size=4"],
+    "no_ring": [
+        "model.memory.sharing=no_ring",
+        "model.memory.share_size=2",
+        "model.memory.pool_size=4",
+        "model.memory.balance_loss_coeff=0.01",
+        "model.memory.activation=gelu",
+        "data.mask_eod_loss=true",
+    ],
+    "deep_block": ["model.num_layers=8", "model.memory.sharing=block", "model.memory.share_size=2"],
+    "moe": [
+        "model.memory.layers=1-3",
+        "model.moe.layers=2-3",
+        "model.moe.num_experts=4",
+        "model.moe.top_k=2",
+        "model.moe.ffn_hidden_size=32",
+        "model.moe.aux_loss_coeff=0",
+    ],
+}
+# (model, layout): ranks, settings. The fast selection has every placement, kind of sharing and parallel dimension.
+FAST = {
+    ("block", "rows_p2"): (2, [P2, ROWS]),
+    ("block", "columns_p2"): (2, [P2, COLUMNS]),
+    ("ring", "rows_p4_recompute"): (4, [P4, ROWS, "train.recompute=full"]),
+    ("no_ring", "columns_p4_memory_recompute"): (4, [P4, COLUMNS, "model.memory.recompute=true"]),
+    ("ring", "rows_tp2"): (2, [P2, ROWS, TP2]),
+    ("no_ring", "columns_tp2"): (2, [P2, COLUMNS, TP2]),
+    ("block", "rows_pp2"): (4, [P2, ROWS, PP2]),
+    ("block", "columns_dp2_plain_optimizer"): (4, [P2, COLUMNS, PLAIN]),
+    ("ring", "rows_dp2_overlap"): (4, [P2, ROWS, *OVERLAP]),
+    ("moe", "rows_ep2"): (2, [P2, ROWS, EP2]),
+    ("ring", "two_level"): (4, TWO_LEVEL),
+    ("ring", "rows_static_overflow"): (2, [P2, ROWS, f"{STATIC}=0.8"]),
+}
+SLOW = {
+    ("ring", "rows_p2"): (2, [P2, ROWS]),
+    ("no_ring", "rows_p2"): (2, [P2, ROWS]),
+    ("ring", "columns_p2"): (2, [P2, COLUMNS]),
+    ("block", "rows_p4"): (4, [P4, ROWS]),
+    ("block", "columns_p4"): (4, [P4, COLUMNS]),
+    ("no_ring", "rows_p4"): (4, [P4, ROWS]),
+    ("block", "rows_p2_plain_optimizer"): (2, [P2, ROWS, PLAIN]),
+    ("block", "columns_p2_overlap"): (2, [P2, COLUMNS, *OVERLAP]),
+    ("no_ring", "rows_tp2"): (2, [P2, ROWS, TP2]),
+    ("block", "rows_tp2_plain_optimizer"): (2, [P2, ROWS, TP2, PLAIN]),
+    ("ring", "columns_tp2_p4"): (4, [P4, COLUMNS, TP2]),
+    ("ring", "rows_tp2_dp2"): (4, [P2, ROWS, TP2]),
+    ("block", "columns_pp2"): (4, [P2, COLUMNS, PP2]),
+    ("block", "rows_pp2_overlap"): (4, [P2, ROWS, PP2, *OVERLAP]),
+    ("block", "rows_tp2_pp2"): (4, [P2, ROWS, TP2, PP2]),
+    ("deep_block", "rows_pp2_interleaved"): (4, [P2, ROWS, *INTERLEAVED]),
+    ("deep_block", "columns_pp2_interleaved"): (4, [P2, COLUMNS, *INTERLEAVED]),
+    ("block", "rows_dp2"): (4, [P2, ROWS]),
+    ("ring", "columns_dp2"): (4, [P2, COLUMNS]),
+    ("moe", "columns_ep2"): (2, [P2, COLUMNS, EP2]),
+    ("moe", "rows_ep2_tp2"): (2, [P2, ROWS, EP2, TP2]),
+    ("moe", "rows_ep2_dp2_plain_optimizer"): (4, [P2, ROWS, EP2, PLAIN]),
+    ("ring", "rows_p2_memory_recompute"): (2, [P2, ROWS, "model.memory.recompute=true"]),
+    ("block", "columns_p2_recompute"): (2, [P2, COLUMNS, "train.recompute=full"]),
+    ("block", "auto"): (2, [P2]),
+    ("block", "two_level_static"): (4, [*TWO_LEVEL, f"{STATIC}=1.2"]),
+    ("ring", "rows_static"): (2, [P2, ROWS, f"{STATIC}=3.0"]),
+    ("block", "rows_p2_micro_batch_2"): (2, [P2, ROWS, "train.micro_batch_size=2"]),
+}
+CASES = [pytest.param(*case, *layout, id="-".join(case)) for case, layout in FAST.items()]
+CASES += [pytest.param(*case, *layout, id="-".join(case), marks=pytest.mark.slow) for case, layout in SLOW.items()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool: WorkerPool, small_run: list[str]) -> Callable[[str], dict]:
+    cache: dict[str, dict] = {}
+
+    def reference(model: str) -> dict:
+        if model not in cache:
+            (cache[model],) = pool.run(1, train_job, small_run + MODELS[model], STEPS, True)
+            cache[model]["grads"] = assemble([cache[model]["grads"]])
+            cache[model]["params"] = assemble([cache[model]["params"]])
+        return cache[model]
+
+    return reference
+
+
+@pytest.mark.parametrize(("model", "layout", "ranks", "settings"), CASES)
+def test_training_equals_one_rank(
+    pool: WorkerPool,
+    small_run: list[str],
+    one_rank: Callable[[str], dict],
+    model: str,
+    layout: str,
+    ranks: int,
+    settings: list[str],
+) -> None:
+    expected = one_rank(model)
+    results = pool.run(ranks, train_job, small_run + MODELS[model] + settings, STEPS, True)
+    for result in results:
+        np.testing.assert_allclose(result["losses"], expected["losses"], rtol=2e-6)
+        np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-5)
+        np.testing.assert_allclose(result["valid_loss"], expected["valid_loss"], rtol=2e-6)
+    assert_same(assemble([result["grads"] for result in results]), expected["grads"], 1e-5)
+    assert_same(assemble([result["params"] for result in results]), expected["params"], 2e-4)
