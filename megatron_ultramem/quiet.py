@@ -14,6 +14,10 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message=r".*The \.grad attribute of a Tensor that is not a leaf.*")
     # torch: collectives that Megatron calls by their older names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # Megatron: what a checkpoint writer failed with, which our CheckpointError says too.
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").addFilter(
+        lambda record: "encountered an error" not in record.getMessage()
+    )
     # Megatron up to 0.17 says so of every `mlp` class that it does not know, which ours is meant to be.
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
         lambda record: "Unknown MLP type" not in record.getMessage()

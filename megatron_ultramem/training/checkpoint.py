@@ -18,6 +18,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -30,6 +31,7 @@ from megatron_ultramem.errors import CheckpointError
 from megatron_ultramem.model.build import memory_layers
 from megatron_ultramem.training import checkpoint_folder as folders
 from megatron_ultramem.training import checkpoint_state as contents
+from megatron_ultramem.training.optimizer import whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class CheckpointManager:
     """Saves and loads the checkpoints of one run. All methods are collective over all ranks.
 
     Args:
-        model: unwrapped model chunks of this rank.
+        chunks: wrapped model chunks of this rank.
+        model: the same, unwrapped.
         tokenizer: identity of the tokenizer; a checkpoint of another one is refused.
         vocab_size: of the tokenizer, before padding.
     """
@@ -55,6 +58,7 @@ class CheckpointManager:
     def __init__(
         self,
         config: Config,
+        chunks: list[DistributedDataParallel],
         model: list[GPTModel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
@@ -62,7 +66,8 @@ class CheckpointManager:
         tokenizer: str,
         vocab_size: int,
     ) -> None:
-        self.config, self.model, self.optimizer, self.scheduler = config, model, optimizer, scheduler
+        self.config, self.chunks, self.model = config, chunks, model
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.folder = folders.checkpoint_dir(config)
         self.last_saved: Path | None = None
@@ -83,13 +88,13 @@ class CheckpointManager:
         draft = folders.new_draft(target, _shared_token())
         self._on_rank_0(lambda: draft.mkdir(parents=True), f"checkpoint folder {draft} cannot be written")
         record = self._record(position)
-        state: dict[str, Any] = contents.model_state(self.model)
-        state.update(contents.training_state(state, self.optimizer, loading=False))
 
         def publish() -> None:
             self._publish(draft, target, record)
 
-        with self._write_errors(target):
+        with whole_parameters(self.chunks), self._write_errors(target):
+            state: dict[str, Any] = contents.model_state(self.model)
+            state.update(contents.training_state(state, self.optimizer, loading=False))
             request = dist_checkpointing.save(
                 state,
                 str(draft),
@@ -221,6 +226,8 @@ def check_loadable(config: Config, folder: Path, *, tokenizer: str, vocab_size: 
     """
     record = folders.read_record(folder)
     contents.check_same_model(config, folder)
+    if config.checkpoint.load_optimizer:
+        contents.check_same_optimizer(config, folder)
     if (record.vocab_size, record.tokenizer) != (vocab_size, tokenizer):
         raise CheckpointError(
             f"checkpoint {folder} was trained with another tokenizer (vocabulary {record.vocab_size}, "

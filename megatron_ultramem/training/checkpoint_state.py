@@ -133,6 +133,16 @@ def check_same_model(config: Config, folder: Path) -> None:
         )
 
 
+def check_same_optimizer(config: Config, folder: Path) -> None:
+    """Raises CheckpointError if the checkpoint's optimizer state has another form than this run's."""
+    names = ("parallel.distributed_optimizer", "train.precision")
+    if different := _differences(config, read_config(folder), lambda name: name in names):
+        raise CheckpointError(
+            f"checkpoint {folder} keeps the optimizer state in another form: {'; '.join(different)}; "
+            "legal: its settings, or checkpoint.load_optimizer=false, which loads the weights alone"
+        )
+
+
 def changed_data_order(config: Config, folder: Path) -> list[str]:
     """Settings that decide which samples come next, where they differ from the checkpoint's."""
     return _differences(
@@ -204,7 +214,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]  # of the first rank that failed
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split()) or type(error).__name__
+    # What torch's zip writer says of a full disk.
+    return f"a file could not be written to its end; is the disk full? ({text})" if "unexpected pos" in text else text
 
 
 def raise_alike(failure: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
 from megatron_ultramem.training.memory_hooks import begin_step
 from megatron_ultramem.training.metrics import MetricsLogger
+from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.progress import Progress
 from megatron_ultramem.training.setup import Run, set_up
 from megatron_ultramem.training.step import LossTotals, forward_backward
@@ -75,8 +76,7 @@ def _train(run: Run) -> None:
             progress.update(step, metrics if log_due else None)
             if _due(step, config.checkpoint.interval, last_step):
                 clock.pause()
-                with whole_parameters(run):
-                    progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
+                progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
         run.checkpoints.close()
 
 
@@ -135,7 +135,7 @@ def evaluate(run: Run) -> float:
     per_step = config.train.global_batch_size
     num_microbatches = per_step // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
     totals = torch.zeros(2, dtype=torch.float64, device=run.platform.device)
-    with whole_parameters(run):
+    with whole_parameters(run.chunks):
         for chunk in run.chunks:
             chunk.eval()
         for index in range(config.train.eval_steps):
@@ -159,17 +159,6 @@ def micro_batches(
 ) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
     """The next `count` micro-batches, for each model chunk from its own iterator."""
     return lambda chunk: iterators[chunk].step(consumed_samples, count)
-
-
-@contextmanager
-def whole_parameters(run: Run) -> Iterator[None]:
-    """With overlapped parameter gathers, waits for them and keeps their hooks out of what is not a training step."""
-    overlapped = run.config.parallel.overlap_param_gather
-    for chunk in run.chunks if overlapped else ():
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in run.chunks if overlapped else ():
-        chunk.enable_forward_pre_hook()
 
 
 def _stop_for_loss(run: Run, totals: LossTotals) -> None:

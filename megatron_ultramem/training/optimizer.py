@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +46,17 @@ def wrap_chunks(
         wrapped.append(ddp)
         hooks.append(MemoryHooks(ddp, chunk))
     return wrapped, hooks
+
+
+@contextmanager
+def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """With overlapped parameter gathers, waits for them and keeps their hooks out of what is not a training step."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(

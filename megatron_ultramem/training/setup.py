@@ -77,7 +77,7 @@ def set_up(config: Config) -> Run:
     optimizer, scheduler = build_optimizer(config, chunks)
     _connect(config, megatron_config, chunks, optimizer)
     checkpoints = CheckpointManager(
-        config, model, optimizer, scheduler, tokenizer=tokenizer.identity, vocab_size=vocab_size
+        config, chunks, model, optimizer, scheduler, tokenizer=tokenizer.identity, vocab_size=vocab_size
     )
     run = Run(
         config,

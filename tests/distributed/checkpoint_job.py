@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_ultramem.config import load_config
+from megatron_ultramem.errors import UserError
 from megatron_ultramem.training import checkpoint
 from megatron_ultramem.training.checkpoint_state import model_state, training_state
-from megatron_ultramem.training.loop import train_step, whole_parameters
+from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.setup import Run, set_up
 
 
@@ -25,11 +29,7 @@ def train_and_save(overrides: list[str], steps: int, saves: tuple[int, ...] = ()
     Returns losses, learning rates and batch sizes by step, the warnings, and this rank's whole state at the start and
     at the end.
     """
-    warnings: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    checkpoint.logger.addHandler(handler)
-    try:
+    with captured_warnings() as warnings:
         run = set_up(load_config(None, overrides))
         result: dict[str, Any] = {"steps": {}, "start": state(run), "first_step": run.position.step}
         while run.position.step < steps:
@@ -39,17 +39,14 @@ def train_and_save(overrides: list[str], steps: int, saves: tuple[int, ...] = ()
                 name: metrics[name] for name in ("loss", "lr", "value_lr", "grad_norm", "batch_size", "tokens")
             }
             if run.position.step in saves:
-                with whole_parameters(run):
-                    run.checkpoints.save(run.position)
+                run.checkpoints.save(run.position)
         run.checkpoints.close()
-    finally:
-        checkpoint.logger.removeHandler(handler)
     return result | {"end": state(run), "warnings": warnings}
 
 
 def state(run: Run) -> dict[str, Any]:
     """What continues a run: parameters and optimizer state as this rank holds them, and its random states."""
-    with whole_parameters(run):
+    with whole_parameters(run.chunks):
         pass  # waits for parameters that are still being gathered
     return {
         "params": {
@@ -69,20 +66,62 @@ def state(run: Run) -> dict[str, Any]:
     }
 
 
-def optimizer_shards(overrides: list[str], steps: int) -> dict[str, Any]:
-    """As `train_and_save`, and the shards of model and optimizer state, at the start, by their checkpoint names."""
-    run = set_up(load_config(None, overrides))
-    result: dict[str, Any] = {"shards": [] if run.position.step == 0 else _shards(run), "losses": []}
-    while run.position.step < steps:
-        result["losses"].append(train_step(run)["loss"])
-    result["shards"] = result["shards"] or _shards(run)
-    run.checkpoints.save(run.position) if run.config.checkpoint.load == "none" else None
-    return result
+def shards_and_losses(overrides: list[str], steps: int, save: bool = False) -> dict[str, Any]:
+    """Builds a run, which resumes as `checkpoint.load` says, and trains to `steps`; saves at the end if asked to.
+
+    Returns losses and this rank's shards of model and optimizer state by checkpoint name, at the start and the end.
+    """
+    with captured_warnings() as warnings:
+        run = set_up(load_config(None, overrides))
+        result: dict[str, Any] = {"start": _shards(run) if run.position.step else [], "losses": []}
+        result["first_step"] = run.position.step
+        while run.position.step < steps:
+            result["losses"].append(train_step(run)["loss"])
+        if save:
+            run.checkpoints.save(run.position)
+        run.checkpoints.close()
+    return result | {"end": _shards(run), "warnings": warnings}
+
+
+def error_of_training(overrides: list[str], steps: int, *, largest_file: int | None = None) -> tuple[str, str, bool]:
+    """Trains to `steps` with a checkpoint after each. Returns the class and the message of the error that this ends
+    in, and whether it is raised alike on every rank.
+
+    largest_file: bytes that any file may have from then on, as on a full disk.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        run = set_up(load_config(None, overrides))
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+        while run.position.step < steps:
+            train_step(run)
+            run.checkpoints.finish()
+            run.checkpoints.save(run.position)
+        run.checkpoints.close()
+    except UserError as error:
+        return type(error).__name__, str(error), error.on_every_rank
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "", "", True
+
+
+@contextmanager
+def captured_warnings() -> Iterator[list[str]]:
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    checkpoint.logger.addHandler(handler)
+    try:
+        yield warnings
+    finally:
+        checkpoint.logger.removeHandler(handler)
 
 
 def _shards(run: Run) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]:
-    tree: dict[str, Any] = model_state(run.model)
-    tree.update(training_state(tree, run.optimizer, loading=False))
+    with whole_parameters(run.chunks):
+        tree: dict[str, Any] = model_state(run.model)
+        tree.update(training_state(tree, run.optimizer, loading=False))
     apply_factories(tree)
     return [
         (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().numpy().copy())
@@ -101,9 +140,3 @@ def _optimizer_state(run: Run) -> dict[str, np.ndarray]:
                 for name, value in optimizer.optimizer.state.get(param, {}).items():
                     found[f"{where}.{name}"] = torch.as_tensor(value).float().numpy().copy()
     return found
-
-
-def folder_of(overrides: list[str]) -> Path:
-    from megatron_ultramem.training.checkpoint_folder import checkpoint_dir
-
-    return checkpoint_dir(load_config(None, overrides))
