@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class FeedForwardWithMemory(MegatronModule):
         config: Megatron's TransformerConfig.
         ffn: `mlp` field of a dense or MoE FFN without a fused norm: memory needs the normalised input too.
         memory: builds this block's memory layer from the process groups.
+        overlap: on a GPU the memory layer runs on a stream of its own, so that its exchange hides behind the FFN.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class FeedForwardWithMemory(MegatronModule):
         config: Any,
         ffn: Any,
         memory: Callable[[ProcessGroupCollection], UltraMemV2],
+        overlap: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
@@ -38,6 +41,7 @@ class FeedForwardWithMemory(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.ffn: Any = build_ffn(ffn, config, groups, is_mtp_layer)
         self.memory = memory(groups)
+        self.overlap = overlap
         for param in self.memory.parameters():
             # Every tensor-parallel rank holds its own tokens: their gradients must be summed.
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -51,8 +55,24 @@ class FeedForwardWithMemory(MegatronModule):
         self, hidden_states: Tensor, *, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] (the rank's share of s under sequence parallelism) to ([s, b, h], bias or None)."""
+        if self.overlap and hidden_states.is_cuda:
+            return self._forward_overlapped(hidden_states)
         ffn_SBH, bias = self.ffn(hidden_states)
         return ffn_SBH + self.memory(hidden_states), bias
+
+    def _forward_overlapped(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same on two streams; autograd runs each backward on the stream of its forward."""
+        main, side = torch.cuda.current_stream(), memory_stream(hidden_states.device)
+        side.wait_stream(main)
+        # First, so that the GPU is busy with it while the host waits for the sizes of the exchange.
+        ffn_SBH, bias = self.ffn(hidden_states)
+        with torch.cuda.stream(side):
+            memory_SBH = self.memory(hidden_states)
+        # Memory of these must not be used anew by its own stream while the other still reads it.
+        hidden_states.record_stream(side)
+        main.wait_stream(side)
+        memory_SBH.record_stream(main)
+        return ffn_SBH + memory_SBH, bias
 
     @property
     def linear_fc1(self) -> torch.nn.Module | None:
@@ -62,3 +82,9 @@ class FeedForwardWithMemory(MegatronModule):
     @property
     def linear_fc2(self) -> torch.nn.Module | None:
         return getattr(self.ffn, "linear_fc2", None)
+
+
+@functools.cache
+def memory_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all memory layers of a device."""
+    return torch.cuda.Stream(device)

@@ -80,7 +80,7 @@ def _layer_spec(
                 MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
             )
         build = functools.partial(_build_memory, config, layer, pool, tables[pool.index])
-        sub.mlp = mlp_slot(FeedForwardWithMemory, ffn=ffn, memory=build)
+        sub.mlp = mlp_slot(FeedForwardWithMemory, ffn=ffn, memory=build, overlap=config.parallel.overlap_exchange)
     return spec
 
 

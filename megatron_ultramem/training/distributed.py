@@ -12,6 +12,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.platform import Platform
+from megatron_ultramem.training.agreement import check_same_config
 
 
 def world_size_from_environment() -> int:
@@ -31,6 +32,7 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
     torch.distributed.init_process_group(
         platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None, **alone
     )
+    check_same_config(config)
     initialize_model_parallel(config)
 
 

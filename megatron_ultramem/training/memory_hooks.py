@@ -45,6 +45,8 @@ class MemoryHooks:
     def _grad_ready(self, param: torch.nn.Parameter) -> None:
         """The gradient of a table is complete in main_grad."""
         if self.ddp.ddp_config.overlap_grad_reduce:
+            if param.is_cuda:
+                _join_streams(param.device)
             self.ddp.param_to_bucket_group[param].register_grad_ready(param, self.ddp.force_all_reduce)
 
     def _before_forward(self, layer: UltraMemV2, _: Any) -> None:
@@ -62,3 +64,12 @@ def begin_step(hooks: Sequence[MemoryHooks]) -> None:
     """`MemoryHooks.begin_step` for every chunk of a rank."""
     for chunk in hooks:
         chunk.begin_step()
+
+
+def _join_streams(device: torch.device) -> None:
+    """With parallel.overlap_exchange, gradients of one bucket come from two streams, and its reduction may start on
+    either: each waits for what the other has been given so far."""
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if current != default:
+        current.wait_stream(default)
+        default.wait_stream(current)
