@@ -1,4 +1,4 @@
-"""`ultramem train|generate|config|doctor`: parses, calls, prints.
+"""`ultramem train|generate|config|plan|doctor`: parses, calls, prints.
 
 Imports are inside the commands: `--help` must not wait for torch and Megatron.
 """
@@ -70,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(config)
     config.set_defaults(run=_config)
+
+    plan = commands.add_parser(
+        "plan",
+        help="how the value tables would be placed on the ranks, and what that costs",
+        description="Prints what every placement of the value tables moves and costs, and which one a run takes. "
+        + settings,
+        epilog="example:\n  ultramem plan --config my.yaml parallel.memory_parallel_size=8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(plan)
+    plan.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what it changes")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
@@ -150,6 +161,15 @@ def _config(args: argparse.Namespace) -> None:
     from megatron_ultramem.config.describe import print_config
 
     print_config(load_config(args.config, args.overrides), Console(highlight=False))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megatron_ultramem.config import load_config
+    from megatron_ultramem.planning.placements import print_placements
+
+    print_placements(load_config(args.config, args.overrides), Console(highlight=False, soft_wrap=True))
 
 
 def _doctor(args: argparse.Namespace) -> None:

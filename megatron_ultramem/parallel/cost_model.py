@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # the config package checks its settings with this module: im
     from megatron_ultramem.config.schema import Config
 
 SECTOR_BYTES = 64  # narrower column shards waste what an H100 reads
-# Messages of a forward and a backward, the exchange of sizes among them.
-ROWS_MESSAGES, COLUMNS_MESSAGES = 5, 8
+# Messages of a forward and a backward; for rows the exchange of sizes, and the host's wait for it, count as two.
+ROWS_MESSAGES, COLUMNS_MESSAGES = 6, 8
 
 
 @dataclass(frozen=True)
