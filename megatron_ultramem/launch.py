@@ -36,5 +36,9 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_ultramem", *arguments)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode or 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say why
+            print(f"error: rank {rank} was ended by signal {failure.signal_name()}", file=sys.stderr, flush=True)
+            return 128 - failure.exitcode
+        return failure.exitcode or 1
     return 0

@@ -143,7 +143,8 @@ class CheckpointManager:
         state.update(contents.training_state(state, self.optimizer, loading=True, with_rng=with_rng))
         loaded = contents.load_sharded(state, folder, ignore=() if with_rng else ("rng",))
         _fill(self.model, loaded)
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        with contents.settings_kept(self.optimizer):
+            self.optimizer.load_state_dict(loaded["optimizer"])
         separate_step_counters(self.optimizer)
         self.scheduler.num_steps = 0
         self.scheduler.step(record.step)

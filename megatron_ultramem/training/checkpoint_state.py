@@ -8,7 +8,8 @@ them are saved in run.json.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def training_state(
     if with_rng:
         state["rng"] = _rng_state()
     return state
+
+
+@contextmanager
+def settings_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Loading brings back the learning rates, decay and betas of the checkpoint; those of this run's settings hold."""
+    before = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in _parameter_groups(optimizer)
+    ]
+    yield
+    for group, settings in zip(_parameter_groups(optimizer), before, strict=True):
+        group.update(settings)
+
+
+def _parameter_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [group for part in parts for group in part.optimizer.param_groups]
 
 
 def restore_rng(state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from megatron.core import num_microbatches_calculator as batch_size
@@ -24,7 +25,7 @@ from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.progress import Progress
 from megatron_ultramem.training.setup import Run, set_up
-from megatron_ultramem.training.step import LossTotals, forward_backward
+from megatron_ultramem.training.step import forward_backward
 from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
 
 Metrics = dict[str, float]
@@ -99,16 +100,13 @@ def train_step(run: Run) -> Metrics:
     )
     loss_sum, tokens = totals.all_ranks.tolist()  # the one wait for the device in a step
     if not math.isfinite(loss_sum):
-        _stop_for_loss(run, totals)
+        here = not math.isfinite(float(totals.this_rank[0]))
+        _stop(run, f"the loss is {loss_sum}", here, "nothing was updated")
 
     run.scheduler.step(1)
     updated, grad_norm, _ = run.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
-        run.checkpoints.finish(blocking=True)
-        raise TrainingError(
-            f"step {run.position.step + 1}: the gradient norm is {grad_norm} though the loss is finite; "
-            f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
-        )
+        _stop(run, f"the gradient norm is {grad_norm} though the loss is finite", not _finite_gradients(run))
 
     samples = batch_size.get_current_global_batch_size()
     run.position.step += 1
@@ -161,16 +159,19 @@ def micro_batches(
     return lambda chunk: iterators[chunk].step(consumed_samples, count)
 
 
-def _stop_for_loss(run: Run, totals: LossTotals) -> None:
-    """Raises the same TrainingError on every rank, naming those whose own loss is not finite."""
+def _stop(run: Run, what: str, here: bool, *remarks: str) -> NoReturn:
+    """Raises the same TrainingError on every rank, naming those where it happened (`here`) and the last checkpoint."""
     run.checkpoints.finish(blocking=True)
-    bad = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(bad, not math.isfinite(float(totals.this_rank[0])))
-    ranks = ", ".join(str(rank) for rank, is_bad in enumerate(bad) if is_bad) or "none alone, but in the sum"
-    raise TrainingError(
-        f"step {run.position.step + 1}: the loss is {float(totals.all_ranks[0])} (rank {ranks}); nothing was updated; "
-        f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
-    )
+    everywhere: list[bool] = [False] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, here)
+    ranks = ", ".join(str(rank) for rank, bad in enumerate(everywhere) if bad) or "none alone, but in the sum"
+    last_good = f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
+    raise TrainingError("; ".join((f"step {run.position.step + 1}: {what} (rank {ranks})", *remarks, last_good)))
+
+
+def _finite_gradients(run: Run) -> bool:
+    buffers = [buffer for chunk in run.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
 
 
 def _memory_health(probe: MemoryHealthProbe) -> Metrics:

@@ -56,6 +56,11 @@ def state(run: Run) -> dict[str, Any]:
             if isinstance(tensor, torch.Tensor)
         },
         "optimizer": _optimizer_state(run),
+        "groups": {
+            f"{number}.{name}": np.array(group[name])
+            for number, group in enumerate(run.optimizer.param_groups)
+            for name in ("lr", "weight_decay", "betas", "eps")
+        },
         "rng": {
             "default": torch.get_rng_state().numpy().copy(),
             **{

@@ -135,6 +135,24 @@ def test_a_finished_run_goes_on_with_more_steps(pool: WorkerPool, settings: list
     assert "train.steps: checkpoint 4, config 6" in warning
 
 
+@pytest.mark.parametrize("layout", [[], [PLAIN]], ids=["distributed_optimizer", "plain_optimizer"])
+def test_changed_settings_of_the_optimizer_hold_after_a_resume(
+    pool: WorkerPool, settings: list[str], layout: list[str]
+) -> None:
+    overrides = [*settings, *layout, "checkpoint.load=auto"]
+    changed = ["optimizer.lr=1e-2", "optimizer.weight_decay=0.2", "optimizer.beta2=0.9", "optimizer.eps=1e-6"]
+    changed += ["optimizer.value_weight_decay=0.3"]
+    (fresh,) = pool.run(1, train_and_save, [*overrides, *changed], 3)
+    pool.run(1, train_and_save, overrides, 2, (2,))
+    (resumed,) = pool.run(1, train_and_save, [*overrides, *changed], 3)
+    assert resumed["first_step"] == 2
+    assert resumed["end"]["groups"].keys() == fresh["end"]["groups"].keys()
+    for name, wanted in fresh["end"]["groups"].items():
+        np.testing.assert_array_equal(resumed["end"]["groups"][name], wanted, err_msg=name)
+    rates = {float(value) for name, value in fresh["end"]["groups"].items() if name.endswith("weight_decay")}
+    assert rates == {0.0, 0.2, 0.3}
+
+
 def test_keep_last_and_branches_left_behind(pool: WorkerPool, settings: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
