@@ -85,16 +85,16 @@ class ValuePool(nn.Module):
             std = sigma_v(
                 config, hidden_size=hidden_size, num_layers=num_layers, ffn_ratio=ffn_ratio, score_variance=variance
             )
-        placement = placement or WholeTables()
+        self.placement: Placement = placement or WholeTables()
         self.shards = {
-            "values": placement.shard(pool, config.value_dim),
-            "pre_values": placement.shard(pool, config.pre_value_dim),
+            "values": self.placement.shard(pool, config.value_dim),
+            "pre_values": self.placement.shard(pool, config.pre_value_dim),
         }
         self.values = nn.Parameter(torch.empty(self.shards["values"].shape, dtype=dtype, device=device))
         self.pre_values = nn.Parameter(torch.empty(self.shards["pre_values"].shape, dtype=dtype, device=device))
         for table in (self.values, self.pre_values):
             table.initializer = Normal(std)  # type: ignore[attr-defined]
-        self._make_path = functools.cache(functools.partial(placement.path, config, pool))
+        self._make_path = functools.cache(functools.partial(self.placement.path, config, pool))
 
     def reset_parameters(self, seed: int) -> None:
         """Draws both tables; the numbers depend on the seed and the number of the pool."""

@@ -97,7 +97,7 @@ class Demand:
         count_PT1 = torch.cat((self.count_PT, self.count_PT.new_zeros(self.ranks, 1)), dim=1)
         slot_PE = torch.arange(entry_slots, device=device).expand(self.ranks, -1)
         start_P1 = (self.entries_P.cumsum(0) - self.entries_P).unsqueeze(1)
-        order_E1 = torch.cat((self.order_E, self.order_E.new_tensor([T * M])))
+        order_E1 = torch.cat((self.order_E, self.order_E.new_full((1,), T * M)))
         entry_PE = order_E1[(start_P1 + slot_PE).where(slot_PE < entries_P1, T * M)]
         slots = [query_slots] * self.ranks, [entry_slots] * self.ranks
         count_PQ = count_PT1.gather(1, token_PQ)

@@ -26,8 +26,8 @@ def print_placements(config: Config, console: Console) -> None:
         f"parallel.memory_parallel_size = {p.memory_parallel_size}"
     )
     console.print(
-        f"a memory layer, per micro-batch of {tokens_per_rank(config)} tokens a rank; bytes a rank receives, if rows are "
-        f"used evenly; {p.intra_node_gb_per_s:g} GB/s within {p.ranks_per_node} ranks of a node, "
+        f"a memory layer, per micro-batch of {tokens_per_rank(config)} tokens a rank; bytes a rank receives, if rows "
+        f"are used evenly; {p.intra_node_gb_per_s:g} GB/s within {p.ranks_per_node} ranks of a node, "
         f"{p.inter_node_gb_per_s:g} GB/s between nodes, {p.exchange_latency_us:g} us a message"
     )
     table = Table("placement", "forward", "backward", "a token", "time", "remark")

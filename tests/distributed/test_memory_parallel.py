@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+from megatron_ultramem.config import load_config
+from megatron_ultramem.model.build import value_pools
+from megatron_ultramem.parallel.cost_model import tokens_per_rank, widths
+from megatron_ultramem.parallel.placement import ShardedPlacement
+from megatron_ultramem.parallel.traffic import columns_bytes, expected_rows_bytes
+from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.setup import set_up
 from tests.distributed.layout_job import assemble, assert_same, train_job
 from tests.distributed.workers import WorkerPool
 
@@ -122,3 +132,43 @@ def test_training_equals_one_rank(
         np.testing.assert_allclose(result["valid_loss"], expected["valid_loss"], rtol=2e-6)
     assert_same(assemble([result["grads"] for result in results]), expected["grads"], 1e-5)
     assert_same(assemble([result["params"] for result in results]), expected["params"], 2e-4)
+
+
+def step_traffic(overrides: list[str]) -> dict[str, Any]:
+    """What the exchanges of one training step move on this rank, what the planner expects, and the warnings."""
+    config = load_config(None, overrides)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = set_up(config)
+    placement = value_pools(run.model)[0].placement
+    assert isinstance(placement, ShardedPlacement)
+    train_step(run)
+    rank, ranks = dist.get_rank(), config.parallel.memory_parallel_size
+    return {
+        "received": tuple(placement.traffic.received.values()),
+        "columns": columns_bytes(widths(config), ranks, rank, tokens_per_rank(config)),
+        "rows": expected_rows_bytes(widths(config), ranks, tokens_per_rank(config)),
+        "warnings": [str(warning.message) for warning in caught if "memory_placement" in str(warning.message)],
+    }
+
+
+LOOKUPS = 4 * 8 // 2  # layers x samples of a rank in a step
+
+
+def test_a_step_moves_by_columns_what_the_planner_says(pool: WorkerPool, small_run: list[str]) -> None:
+    for result in pool.run(2, step_traffic, [*small_run, *MODELS["ring"], P2, COLUMNS]):
+        assert result["received"] == tuple(LOOKUPS * moved for moved in result["columns"])
+
+
+def test_a_step_moves_by_rows_about_what_the_planner_says(pool: WorkerPool, small_run: list[str]) -> None:
+    for result in pool.run(2, step_traffic, [*small_run, *MODELS["ring"], P2, ROWS]):
+        for moved, expected in zip(result["received"], result["rows"], strict=True):
+            assert moved == pytest.approx(LOOKUPS * expected, rel=0.1)  # the planner takes rows as evenly used
+
+
+def test_narrow_columns_are_warned_of_with_the_figure_by_rank_0(pool: WorkerPool, small_run: list[str]) -> None:
+    first, *others = pool.run(2, step_traffic, [*small_run, *MODELS["block"], P2, COLUMNS])
+    assert first["warnings"] == [
+        "parallel.memory_placement = columns: column shards are 24 bytes wide, under the 64 that a GPU reads at once"
+    ]
+    assert not any(result["warnings"] for result in others)

@@ -29,11 +29,10 @@ LAYOUTS = {
     "rows_ep2": (2, [P2, ROWS, EP2]),
     "columns_ep2": (2, [P2, COLUMNS, EP2]),
 }
-FAST = [
+FAST = [("ring", "rows_p2", "columns_p2")]
+SLOW = [
     ("ring", "rows_p4", "columns_p2"),
     ("ring", "columns_p2", "one"),
-]
-SLOW = [
     ("block", "columns_p2_pp2", "rows_p2_tp2"),
     ("ring", "plain_rows_p4", "plain_columns_p2"),
     ("ring", "one", "rows_p4"),
