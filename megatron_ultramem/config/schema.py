@@ -86,7 +86,12 @@ class MemoryConfig:
     recompute: bool = setting(
         False, "Recompute the memory layer in the backward pass, keeping only its input and the selected indices."
     )
-    lookup_backend: str = setting("auto", "Implementation of the table lookup.", choices=("auto", "reference"))
+    kernels: str = setting(
+        "auto",
+        "Implementation of retrieval and lookup: plain PyTorch (reference), ultramem_kernels (fused), or "
+        "auto: fused on a GPU where Triton is installed.",
+        choices=("auto", "reference", "fused"),
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ USED = (
     "data.tokenizer",
     "model.backend",
     "model.max_sequence_length",
-    "model.memory.lookup_backend",
+    "model.memory.kernels",
     "model.moe.grouped_gemm",
     "parallel.tensor_parallel_size",
     "parallel.timeout_minutes",

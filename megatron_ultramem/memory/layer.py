@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ultramem.memory.auxiliary import AuxiliaryLoss, balance_loss, tucker_penalty
 from megatron_ultramem.memory.geometry import Pool, coarse_k
 from megatron_ultramem.memory.init import Constant, Normal, fill_, linear_std, retrieval_gain
+from megatron_ultramem.memory.lookup import uses_kernels
 from megatron_ultramem.memory.retrieval import TuckerRetrieval
 from megatron_ultramem.memory.shuffle import checksum, physical_rows, shuffle_permutation
 from megatron_ultramem.memory.tables import ValuePool
@@ -32,6 +33,7 @@ class _Kept:
     """What a recomputation takes over from the first forward instead of searching again."""
 
     keys_HSTM: torch.Tensor | None = None
+    fused_keys: tuple[torch.Tensor, ...] | None = None  # what the kernels left, of every head
     counts_HSN: torch.Tensor | None = None
 
 
@@ -82,6 +84,7 @@ class UltraMemV2(nn.Module):
             query_per_rank=config.query_per_rank,
             gain=gain,
             norm_eps=norm_eps,
+            fused=uses_kernels(config.kernels, torch.device(device or "cpu")),
             dtype=dtype,
             device=device,
         )
@@ -144,15 +147,43 @@ class UltraMemV2(nn.Module):
     def _forward(self, x_TH: torch.Tensor, kept: _Kept) -> torch.Tensor:
         retrieval = self.retrieval
         query_HSRTD, key_HSRND = retrieval.normalised(self.query_proj(x_TH))
-        known_HSRTM = None
-        if kept.keys_HSTM is None:
-            kept.keys_HSTM, known_HSRTM = retrieval.select(query_HSRTD, key_HSRND)
-        scores_TMC = retrieval.score_at(query_HSRTD, key_HSRND, kept.keys_HSTM, known_HSRTM)
-        rows_TM = self._physical(retrieval.grid_indices(kept.keys_HSTM))
+        search = self._fused_search if retrieval.fused else self._search
+        rows_TM, scores_TMC = search(query_HSRTD, key_HSRND, kept)
         out_TH = self.value_proj(self.table.lookup(rows_TM, scores_TMC, self.pre_value_proj(x_TH)))
         if self.training and torch.is_grad_enabled():
             out_TH = self._with_auxiliary_losses(out_TH, query_HSRTD, key_HSRND, kept)
         return out_TH
+
+    def _search(
+        self, query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, kept: _Kept
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Physical rows [T, M] and scores [T, M, C]; leaves the selection in `kept`, or takes it from there."""
+        retrieval, known_HSRTM = self.retrieval, None
+        if kept.keys_HSTM is None:
+            kept.keys_HSTM, known_HSRTM = retrieval.select(query_HSRTD, key_HSRND)
+        scores_TMC = retrieval.score_at(query_HSRTD, key_HSRND, kept.keys_HSTM, known_HSRTM)
+        return self._physical(retrieval.grid_indices(kept.keys_HSTM)), scores_TMC
+
+    def _fused_search(
+        self, query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, kept: _Kept
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_search` by the kernels."""
+        from megatron_ultramem.memory.fused import fused_search
+
+        retrieval = self.retrieval
+        rows_TM, scores_TMC, kept.fused_keys = fused_search(
+            query_HSRTD,
+            key_HSRND,
+            retrieval.leading(),
+            retrieval.cores,
+            coarse_k=retrieval.coarse_k,
+            top_m=retrieval.top_m,
+            permutation=self.permutation,
+            row_offset=self.row_offset,
+            rows=self.pool.rows,
+            known_keys=kept.fused_keys,
+        )
+        return rows_TM, scores_TMC
 
     def _physical(self, indices_TM: torch.Tensor) -> torch.Tensor:
         return physical_rows(indices_TM, self.permutation, self.row_offset, self.pool.rows)

@@ -13,6 +13,7 @@ Shapes: T tokens, M rows per token, C cores, V value width Dv, D pre-value width
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +28,7 @@ class LookupBackend(Protocol):
     """What a backend provides: both directions of the formula above, whole and in parts, without autograd.
 
     Sums are formed in fp32 (fp64 for fp64). `padded`: a negative index means no row, which contributes nothing and gets
-    no gradient. Backwards ADD gradients of tables to the buffers they are given (None: not wanted). `column_start` is
+    no gradient; such places come last among a token's. Backwards ADD gradients of tables to the buffers they are given (None: not wanted). `column_start` is
     where the columns of `values` lie within the C slices of `core_width` that the weights are for.
     """
 
@@ -176,10 +177,20 @@ class LocalLookup:
         )
 
 
+def uses_kernels(name: str, device: torch.device) -> bool:
+    """Whether model.memory.kernels = `name` means the fused kernels on `device`. The one place that decides."""
+    if name == "auto":
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return name == "fused"
+
+
 def lookup_backend(name: str, device: torch.device) -> LookupBackend:
-    """The backend `name` ('auto' or 'reference') for `device`. The one place where backends are chosen."""
-    backends: dict[str, LookupBackend] = {"reference": lookup_reference.ReferenceLookup()}
-    return backends["reference" if name == "auto" else name]
+    """The backend for `device` that the setting model.memory.kernels names."""
+    if uses_kernels(name, device):
+        from megatron_ultramem.memory.fused import FusedLookup
+
+        return FusedLookup()
+    return lookup_reference.ReferenceLookup()
 
 
 def lookup(

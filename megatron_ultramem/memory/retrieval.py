@@ -172,10 +172,13 @@ class TuckerRetrieval(nn.Module):
         query_per_rank: bool = True,
         gain: float = 1.0,
         norm_eps: float = 1e-5,
+        fused: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        """`fused`: norms by the kernels of `ultramem_kernels`."""
         super().__init__()
+        self.fused = fused
         self.keys_per_side, self.key_dim, self.num_heads = keys_per_side, key_dim, num_heads
         self.top_m, self.coarse_k, self.norm_eps = top_m, coarse_k, norm_eps
         self.tucker_rank, self.query_ranks = tucker_rank, tucker_rank if query_per_rank else 1
@@ -209,6 +212,13 @@ class TuckerRetrieval(nn.Module):
 
     def normalised(self, query_TQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """RMS-normalised queries [H, S, R, T, D] and keys [H, S, R, N, D], in the dtype of the keys."""
+        if self.fused:
+            from megatron_ultramem.memory.fused import fused_norms
+
+            query_HSRTD, key_HSRND = fused_norms(
+                query_TQ, self.keys, self.query_gain, self.key_gain, self.query_ranks, self.norm_eps
+            )
+            return query_HSRTD.expand(-1, -1, self.tucker_rank, -1, -1), key_HSRND
         query_THSRD = query_TQ.reshape(query_TQ.shape[0], self.num_heads, 2, self.query_ranks, self.key_dim)
         query_HSRTD = self._norm(query_THSRD, self.query_gain).permute(1, 2, 3, 0, 4)
         key_HSRND = self._norm(self.keys, self.key_gain).transpose(2, 3)

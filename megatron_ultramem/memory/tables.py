@@ -41,7 +41,7 @@ class WholeTables:
         return TableShard.whole(pool.padded_rows, width)
 
     def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
-        return LocalLookup(lookup_backend(config.lookup_backend, device), config.activation)
+        return LocalLookup(lookup_backend(config.kernels, device), config.activation)
 
 
 class ValuePool(nn.Module):

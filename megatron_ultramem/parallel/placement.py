@@ -66,7 +66,7 @@ class ShardedPlacement:
         return TableShard(pool.padded_rows, width, tuple(starts), block, column_rank * columns, columns)
 
     def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
-        backend = lookup_backend(config.lookup_backend, device)
+        backend = lookup_backend(config.kernels, device)
         inner: LookupPath = LocalLookup(backend, config.activation, padded=True)
         if self.within is not None:
             inner = ColumnsExchange(
@@ -81,7 +81,8 @@ class ShardedPlacement:
         if self.across is None:
             return inner
         owners = RowOwners(self.across.size(), self._block_rows(pool))
-        return RowsExchange(Channel(self.across, self.traffic, "rows"), owners, inner, self.capacity)
+        channel = Channel(self.across, self.traffic, "rows")
+        return RowsExchange(channel, owners, inner, self.capacity, trim=self.within is None)
 
     def _block_rows(self, pool: Pool) -> int:
         """Rows dealt to a rank at a time: where layers see only a window of the pool, small enough to spread it evenly

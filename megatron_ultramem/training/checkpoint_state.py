@@ -125,7 +125,7 @@ _FREE = {
     "model.max_sequence_length",
     "model.init_std",
     "model.memory.recompute",
-    "model.memory.lookup_backend",
+    "model.memory.kernels",
     "model.memory.init",
     "model.memory.balance_loss_coeff",
     "model.memory.tucker_penalty_coeff",

@@ -1,0 +1,219 @@
+"""The kernels of `ultramem_kernels` behind the interfaces of this package.
+
+The kernels choose between Triton, CUDA and their own PyTorch references by device and shape; on a CPU they compute by
+those references.
+
+Shapes: as in `lookup.py` and `retrieval.py`; K keys selected per side and head.
+"""
+
+from __future__ import annotations
+
+import torch
+from ultramem_kernels import retrieve, rms_norm_swapped
+from ultramem_kernels.lookup.ops import run_lookup_backward, run_lookup_forward
+
+PADDING = -1  # the index that means no row
+
+
+class FusedLookup:
+    """The `LookupBackend` of the kernels; see there for what the methods compute."""
+
+    def forward(
+        self,
+        indices_TM: torch.Tensor,
+        scores_TMC: torch.Tensor,
+        pre_input_TD: torch.Tensor,
+        values: torch.Tensor,
+        pre_values: torch.Tensor,
+        activation: str,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        pooled_TV = run_lookup_forward(
+            indices_TM.contiguous(),
+            scores_TMC.contiguous(),
+            pre_input_TD.to(values.dtype).contiguous(),
+            values,
+            pre_values,
+            activation,
+            values.shape[1] // scores_TMC.shape[2],
+            0,
+            0,
+            PADDING if padded else None,
+            None,
+        )
+        return pooled_TV.to(pre_input_TD.dtype)
+
+    def backward(
+        self,
+        grad_pooled_TV: torch.Tensor,
+        indices_TM: torch.Tensor,
+        scores_TMC: torch.Tensor,
+        pre_input_TD: torch.Tensor,
+        values: torch.Tensor,
+        pre_values: torch.Tensor,
+        activation: str,
+        values_grad: torch.Tensor | None,
+        pre_values_grad: torch.Tensor | None,
+        padded: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad_pre_input, grad_scores = run_lookup_backward(
+            indices_TM.contiguous(),
+            scores_TMC.contiguous(),
+            pre_input_TD.to(values.dtype).contiguous(),
+            values,
+            pre_values,
+            grad_pooled_TV.to(values.dtype).contiguous(),
+            values_grad,
+            pre_values_grad,
+            activation,
+            values.shape[1] // scores_TMC.shape[2],
+            0,
+            0,
+            PADDING if padded else None,
+            torch.are_deterministic_algorithms_enabled(),
+            None,
+        )
+        return grad_scores, grad_pre_input.to(pre_input_TD.dtype)
+
+    def dots(
+        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: torch.Tensor, padded: bool = False
+    ) -> torch.Tensor:
+        pre_input_TD = pre_input_TD.to(pre_values.dtype).contiguous()
+        padding = PADDING if padded else None
+        return run_lookup_forward(
+            indices_TM.contiguous(), None, pre_input_TD, None, pre_values, "none", 1, 0, 0, padding, None
+        )
+
+    def dots_backward(
+        self,
+        grad_dots_TM: torch.Tensor,
+        indices_TM: torch.Tensor,
+        pre_input_TD: torch.Tensor,
+        pre_values: torch.Tensor,
+        pre_values_grad: torch.Tensor | None,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        grad_pre_input, _ = run_lookup_backward(
+            indices_TM.contiguous(),
+            None,
+            pre_input_TD.to(pre_values.dtype).contiguous(),
+            None,
+            pre_values,
+            grad_dots_TM.contiguous(),
+            None,
+            pre_values_grad,
+            "none",
+            1,
+            0,
+            0,
+            PADDING if padded else None,
+            torch.are_deterministic_algorithms_enabled(),
+            None,
+        )
+        return grad_pre_input.to(pre_input_TD.dtype)
+
+    def weighted_sum(
+        self,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: torch.Tensor,
+        column_start: int,
+        core_width: int,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        return run_lookup_forward(
+            indices_TM.contiguous(),
+            weights_TMC.contiguous(),
+            None,
+            values,
+            None,
+            "none",
+            core_width,
+            column_start,
+            0,
+            PADDING if padded else None,
+            None,
+        )
+
+    def weighted_sum_backward(
+        self,
+        grad_pooled_TV: torch.Tensor,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: torch.Tensor,
+        column_start: int,
+        core_width: int,
+        values_grad: torch.Tensor | None,
+        padded: bool = False,
+    ) -> torch.Tensor:
+        _, grad_weights = run_lookup_backward(
+            indices_TM.contiguous(),
+            weights_TMC.contiguous(),
+            None,
+            values,
+            None,
+            grad_pooled_TV.to(values.dtype).contiguous(),
+            values_grad,
+            None,
+            "none",
+            core_width,
+            column_start,
+            0,
+            PADDING if padded else None,
+            torch.are_deterministic_algorithms_enabled(),
+            None,
+        )
+        return grad_weights
+
+
+def fused_norms(
+    query_TQ: torch.Tensor,
+    keys_HSNRD: torch.Tensor,
+    query_gain: torch.Tensor,
+    key_gain: torch.Tensor,
+    ranks: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS-normalised queries [H, S, ranks, T, D] and keys [H, S, R, N, D]; `ranks`: queries per head and side."""
+    H, S, N, R, D = keys_HSNRD.shape
+    query_XTD = rms_norm_swapped(query_TQ.view(1, query_TQ.shape[0], H * S * ranks, D), query_gain, eps)
+    key_XRND = rms_norm_swapped(keys_HSNRD.view(H * S, N, R, D), key_gain, eps)
+    return query_XTD.view(H, S, ranks, query_TQ.shape[0], D), key_XRND.view(H, S, R, N, D)
+
+
+def fused_search(
+    query_HSRTD: torch.Tensor,
+    key_HSRND: torch.Tensor,
+    leading_HSR: torch.Tensor,
+    cores_HCRR: torch.Tensor,
+    *,
+    coarse_k: int,
+    top_m: int,
+    permutation: torch.Tensor | None,
+    row_offset: int,
+    rows: int,
+    known_keys: tuple[torch.Tensor, ...] | None,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Physical rows [T, H*M], scores [T, H*M, C] (with gradients) and the selected keys of every head.
+
+    Giving the keys back as `known_keys` skips the selection (recomputation).
+    """
+    found = [
+        retrieve(
+            query_HSRTD[head],
+            key_HSRND[head],
+            leading_HSR[head],
+            cores_HCRR[head],
+            coarse_k=coarse_k,
+            top_m=top_m,
+            permutation=permutation,
+            offset=row_offset,
+            rows=rows,
+            known_keys_STM=None if known_keys is None else known_keys[head],
+        )
+        for head in range(query_HSRTD.shape[0])
+    ]
+    heads_rows, heads_scores, heads_keys = zip(*found, strict=True)
+    if len(found) == 1:
+        return heads_rows[0], heads_scores[0], heads_keys
+    return torch.cat(heads_rows, dim=1), torch.cat(heads_scores, dim=1), heads_keys
