@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.results import Row, write_results
 
-MICRO_BATCHES = 8  # per optimizer step
+MICRO_BATCHES = 8  # per measured optimizer step
+MEASURED_STEPS = 5
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
@@ -34,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=50, help="steps of training (default 50)")
+    parser.add_argument("--micro-batches", type=int, default=MICRO_BATCHES, help="per step of the training (default 8)")
     parser.add_argument("--warmup-steps", type=int, default=10, help="of the learning rate (default 10)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
@@ -42,7 +45,7 @@ def main() -> int:
     try:
         config = load_config(args.config, [*_benchmark_settings(args), *args.overrides])
         prepare(config.train.device)
-        rows = measure(config, args.config.stem)
+        rows = measure(config, args.config.stem, args.steps)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,33 +60,34 @@ def main() -> int:
 
 def _benchmark_settings(args: argparse.Namespace) -> list[str]:
     micro = load_config(args.config, check=False).train.micro_batch_size
+    # Data for the measured steps too, which are larger.
+    steps = args.steps + MEASURED_STEPS * -(-MICRO_BATCHES // args.micro_batches)
     return [
-        f"train.steps={args.steps}", f"schedule.warmup_steps={args.warmup_steps}", "checkpoint.load=none",
-        f"train.global_batch_size={micro * MICRO_BATCHES}", "train.eval_steps=0",
+        f"train.steps={steps}", f"schedule.decay_steps={args.steps}", f"schedule.warmup_steps={args.warmup_steps}",
+        f"train.global_batch_size={micro * args.micro_batches}", "train.eval_steps=0", "checkpoint.load=none",
     ]  # fmt: skip
 
 
-def measure(config: Config, case: str) -> list[Row]:
-    """Rows of one recipe; empty on all ranks but the first."""
+def measure(config: Config, case: str, steps: int) -> list[Row]:
+    """Rows of one recipe, trained for `steps` steps; empty on all ranks but the first."""
     from megatron_ultramem.training.distributed import destroy_distributed
     from megatron_ultramem.training.loop import train_step
-    from megatron_ultramem.training.setup import set_up
+    from megatron_ultramem.training.setup import set_batch_size, set_up
 
     run = set_up(config)
-    device = run.platform.device
-    losses, norms, seconds = [], [], []
-    for _ in range(config.train.steps):
-        _wait(device)
-        began = time.perf_counter()
+    losses, norms = [], []
+    for step in range(steps):
         metrics = train_step(run)
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
+        if run.is_main and (step + 1) % 10 == 0:
+            print(f"step {step + 1}: loss {losses[-1]:.4f}", flush=True)
+    config.train.global_batch_size = config.train.micro_batch_size * MICRO_BATCHES
+    set_batch_size(config, run.position.consumed_samples)
     tokens = config.train.global_batch_size * config.data.sequence_length
-    step_seconds = sorted(seconds[2:])[len(seconds[2:]) // 2]
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if run.platform.is_cuda else 0.0
-    forward_backward_seconds = _forward_backward_seconds(run)
+    step_seconds = _median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if run.platform.is_cuda else 0.0
+    forward_backward_seconds = _median_seconds(run, lambda: _forward_backward(run), MEASURED_STEPS)
     flops = _flops_per_token(run)
     ranks = torch.distributed.get_world_size()
     rows = [
@@ -93,7 +97,7 @@ def measure(config: Config, case: str) -> list[Row]:
         Row(case, "peak_gib", peak, "GiB"),
         Row(case, "step_ms", step_seconds * 1e3, "ms"),
         *(Row(case, f"loss_step_{step}", losses[step - 1], "nats/token")
-          for step in sorted({1, config.train.steps, *range(10, config.train.steps, 10)})),
+          for step in sorted({1, steps, *range(10, steps, 10)})),
         Row(case, "grad_norm_last", norms[-1], ""),
     ]  # fmt: skip
     if run.platform.is_cuda:
@@ -116,13 +120,13 @@ def _forward_backward(run) -> None:
                      run.platform.device)  # fmt: skip
 
 
-def _forward_backward_seconds(run, repeats: int = 5) -> float:
-    """Median seconds of one forward and backward over a global batch, gradient reduction included."""
+def _median_seconds(run, action: Callable[[], object], repeats: int) -> float:
+    """Median seconds of an action, waiting for the device."""
     seconds = []
     for _ in range(repeats):
         _wait(run.platform.device)
         began = time.perf_counter()
-        _forward_backward(run)
+        action()
         _wait(run.platform.device)
         seconds.append(time.perf_counter() - began)
     return sorted(seconds)[repeats // 2]

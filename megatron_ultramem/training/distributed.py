@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
@@ -28,7 +30,9 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
     world_size = world_size_from_environment()
     validate_world(config, world_size)
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
-    alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    alone: dict[str, Any] = (
+        {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    )
     torch.distributed.init_process_group(
         platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None, **alone
     )

@@ -94,7 +94,7 @@ def set_up(config: Config) -> Run:
         valid_data,
     )
     run.position = checkpoints.resume()
-    _set_batch_size(config, run.position.consumed_samples)
+    set_batch_size(config, run.position.consumed_samples)
     return run
 
 
@@ -154,7 +154,7 @@ def _build_data(
     return iterators(datasets.train), iterators(datasets.valid) if datasets.valid is not None else None
 
 
-def _set_batch_size(config: Config, consumed_samples: int) -> None:
+def set_batch_size(config: Config, consumed_samples: int) -> None:
     """Megatron's calculator of micro-batches, with the batch-size ramp-up."""
     batch_size.destroy_num_microbatches_calculator()
     batch_size.init_num_microbatches_calculator(
