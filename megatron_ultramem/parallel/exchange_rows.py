@@ -62,12 +62,21 @@ class RowsExchange:
         owners: who holds which row.
         inner: looks up in the rows at hand; must take padded indices.
         capacity: None for dynamic sizes.
+        trim: where sizes are dynamic, give `inner` no more places for rows than the fullest query needs. Not where
+            `inner` wants the same number on several ranks.
     """
 
     def __init__(
-        self, channel: Channel, owners: RowOwners, inner: LookupPath, capacity: Capacity | None = None
+        self,
+        channel: Channel,
+        owners: RowOwners,
+        inner: LookupPath,
+        capacity: Capacity | None = None,
+        *,
+        trim: bool = False,
     ) -> None:
-        self.channel, self.owners, self.inner, self.capacity = channel, owners, inner, capacity
+        self.channel, self.owners, self.inner = channel, owners, inner
+        self.capacity, self.trim = capacity, trim
 
     def forward(
         self,
@@ -146,7 +155,8 @@ class RowsExchange:
         )
         # Without gaps between the entries of the sources they are as good as one.
         sources = self.channel.ranks if sizes.gaps else 1
-        from_QM, to_E = spread(count_Q.view(sources, len(count_Q) // sources), len(row_E) // sources, shape.top_m)
+        width = sizes.width if self.trim else shape.top_m
+        from_QM, to_E = spread(count_Q.view(sources, len(count_Q) // sources), len(row_E) // sources, width)
         row_QM = _pick(row_E, from_QM, True, empty=-1)
         partial_QV, inner = self.inner.forward(row_QM, _pick(score_EC, from_QM, True), query_QD, values, pre_values)
         (back_QV,) = self.channel.all_to_all("forward", [partial_QV], [sizes.queries_in], [sizes.queries_out])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from megatron_ultramem.parallel.channel import Channel
 
@@ -32,13 +33,15 @@ class RowOwners:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Slots per rank: of queries and entries that go out and come in. `gaps`: some may be empty."""
+    """Slots per rank: of queries and entries that go out and come in. `gaps`: some may be empty. No query that comes in
+    has more than `width` entries."""
 
     queries_out: list[int]
     entries_out: list[int]
     queries_in: list[int]
     entries_in: list[int]
     gaps: bool
+    width: int
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,18 @@ class Demand:
     def dynamic(self, channel: Channel) -> Route:
         """The slots that are needed and no more; one message of sizes, and one wait for the device."""
         wanted_PT = self.count_PT > 0
-        out_P2 = torch.stack((wanted_PT.sum(1), self.entries_P), dim=1).to(torch.int32)
+        most_P = F.pad(self.count_PT, (1, 0)).amax(1)  # padded, for ranks without tokens
+        out_P3 = torch.stack((wanted_PT.sum(1), self.entries_P, most_P), dim=1).to(torch.int32)
         ones = [1] * self.ranks
-        (in_P2,) = channel.all_to_all("forward", [out_P2], [ones], [ones])
-        queries_out, entries_out, queries_in, entries_in = torch.cat((out_P2, in_P2), dim=1).T.tolist()
+        (in_P3,) = channel.all_to_all("forward", [out_P3], [ones], [ones])
+        queries_out, entries_out, _, queries_in, entries_in, most_in = torch.cat((out_P3, in_P3), dim=1).T.tolist()
         # Stable again: those that are wanted come first, by owner, then by token.
         pair_Q = (~wanted_PT).view(-1).to(torch.uint8).sort(stable=True).indices[: sum(queries_out)]
         return Route(
             token_Q=pair_Q % max(1, self.owner_TM.shape[0]),
             count_Q=self.count_PT.view(-1)[pair_Q],
             entry_E=self.order_E[: sum(entries_out)],
-            sizes=Sizes(queries_out, entries_out, queries_in, entries_in, gaps=False),
+            sizes=Sizes(queries_out, entries_out, queries_in, entries_in, gaps=False, width=max(most_in)),
         )
 
     def static(self, query_slots: int, entry_slots: int) -> tuple[Route, torch.Tensor]:
@@ -101,20 +105,22 @@ class Demand:
         entry_PE = order_E1[(start_P1 + slot_PE).where(slot_PE < entries_P1, T * M)]
         slots = [query_slots] * self.ranks, [entry_slots] * self.ranks
         count_PQ = count_PT1.gather(1, token_PQ)
-        route = Route(token_PQ.view(-1), count_PQ.view(-1), entry_PE.view(-1), Sizes(*slots, *slots, gaps=True))
+        route = Route(
+            token_PQ.view(-1), count_PQ.view(-1), entry_PE.view(-1), Sizes(*slots, *slots, gaps=True, width=M)
+        )
 
         fits_TP1 = torch.cat((fits_PT, fits_PT.new_ones(1, T))).T  # entries that are not wanted fit
         left_TM = self.owner_TM.masked_fill(fits_TP1.gather(1, self.owner_TM), self.ranks)
         return route, left_TM
 
 
-def spread(count_SQ: torch.Tensor, entry_slots: int, top_m: int) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(count_SQ: torch.Tensor, entry_slots: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where entries that came in belong.
 
     Args:
         count_SQ: entries of the queries of S sources; each source's entries lie in a row of `entry_slots` slots, query
             after query, from its start on.
-        top_m: M, entries that a query has at most.
+        width: M, entries that a query has at most.
 
     Returns:
         from_QM [S*Q, M]: the slot of the query's m-th entry, S*entry_slots where it has none;
@@ -125,12 +131,12 @@ def spread(count_SQ: torch.Tensor, entry_slots: int, top_m: int) -> tuple[torch.
     source_S1 = torch.arange(S, device=device).unsqueeze(1)
     end_SQ = count_SQ.cumsum(1)
     start_SQ = end_SQ - count_SQ
-    m_M = torch.arange(top_m, device=device)
+    m_M = torch.arange(width, device=device)
     from_SQM = (source_S1 * entry_slots + start_SQ).unsqueeze(-1) + m_M
-    from_QM = from_SQM.where(m_M < count_SQ.unsqueeze(-1), S * entry_slots).view(S * Q, top_m)
+    from_QM = from_SQM.where(m_M < count_SQ.unsqueeze(-1), S * entry_slots).view(S * Q, width)
 
     slot_SE = torch.arange(entry_slots, device=device).expand(S, -1).contiguous()
     query_SE = torch.searchsorted(end_SQ, slot_SE, right=True)
     start_SQ1 = torch.cat((start_SQ, start_SQ.new_zeros(S, 1)), dim=1)
-    place_SE = (source_S1 * Q + query_SE) * top_m + slot_SE - start_SQ1.gather(1, query_SE)
-    return from_QM, place_SE.where(query_SE < Q, S * Q * top_m).view(-1)
+    place_SE = (source_S1 * Q + query_SE) * width + slot_SE - start_SQ1.gather(1, query_SE)
+    return from_QM, place_SE.where(query_SE < Q, S * Q * width).view(-1)

@@ -97,7 +97,7 @@ def rows_bytes(
         align(queries * (4 + w.size * w.pre_value_dim) + entries * (4 + w.size * w.num_cores))
         for queries, entries in zip(queries_in, entries_in, strict=True)
     )
-    forward += sum(queries_out) * w.size * w.value_dim + (8 * len(queries_in) if dynamic else 0)
+    forward += sum(queries_out) * w.size * w.value_dim + (12 * len(queries_in) if dynamic else 0)
     backward = sum(queries_in) * w.size * w.value_dim + sum(
         align(queries * w.size * w.pre_value_dim + entries * w.size * w.num_cores)
         for queries, entries in zip(queries_out, entries_out, strict=True)
