@@ -34,6 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}]"
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not _lost_another_rank(error):
+            raise
+        reason = str(error).splitlines()[-1]
+        print(f"rank {os.environ.get('RANK')} ended because another one did ({reason})", file=sys.stderr, flush=True)
+        return 3
+
+
+def _lost_another_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because its other end is gone: that rank, or its launcher, says why."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(sign in str(error) for sign in signs)
 
 
 def _parser() -> argparse.ArgumentParser:

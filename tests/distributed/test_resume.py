@@ -66,7 +66,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }
-FAST = {"1_rank", "dp2", "pp2", "tp2", "ramp_up", "async", "bf16"}
+FAST = {"dp2", "pp2", "tp2", "ramp_up", "async"}
 
 
 @pytest.mark.parametrize(
