@@ -14,6 +14,7 @@ from megatron_ultramem.parallel.traffic import Widths, columns_bytes, rows_bytes
 from tests.distributed.exchange_job import Case, exchange_job
 from tests.distributed.workers import WorkerPool
 
+FUSED = {"kernels": "fused"}  # on a CPU: the kernels' references
 RING = {"sharing": "ring", "share_size": 2, "num_keys": 6, "rows_multiple": 8}
 CASES = {
     "rows": Case("rows", (6, 6)),
@@ -48,6 +49,13 @@ CASES = {
     "columns-3-ranks-share-2-cores": Case("columns", (4, 2, 5), memory={"value_dim": 12, "pre_value_dim": 9}),
     "columns-fp32": Case("columns", (16, 16), dtype=torch.float32),
     "columns-bf16": Case("columns", (16, 11), dtype=torch.bfloat16),
+    "rows-fused": Case("rows", (6, 1, 0, 9), memory=FUSED, dtype=torch.float32),
+    "rows-static-overflow-fused": Case("rows", (6, 6), capacity=0.5, memory=FUSED, dtype=torch.float32),
+    "columns-fused": Case("columns", (6, 1, 0, 9), memory=FUSED | {"activation": "gelu"}, dtype=torch.float32),
+    "columns-3-ranks-share-2-cores-fused": Case(
+        "columns", (4, 2, 5), memory=FUSED | {"value_dim": 12, "pre_value_dim": 9}, dtype=torch.float32
+    ),
+    "two_level-fused": Case("two_level", (6, 1, 0, 9), memory=FUSED, dtype=torch.float32),
     "two_level": Case("two_level", (6, 1, 0, 9)),
     "two_level-window": Case("two_level", (3, 3, 3, 3), memory=RING, layers=4),
     "two_level-static-overflow": Case("two_level", (6, 5, 0, 4), "first_half", capacity=0.7),
