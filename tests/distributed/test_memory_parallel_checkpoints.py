@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.checkpoint_job import shards_and_losses
+from tests.distributed.checkpoint_job import shards_and_losses, train_and_save
 from tests.distributed.layout_job import assemble
 from tests.distributed.test_memory_parallel import COLUMNS, EP2, MODELS, P2, P4, PLAIN, PP2, ROWS, TP2, TWO_LEVEL
 from tests.distributed.workers import WorkerPool
@@ -77,3 +77,19 @@ def test_a_checkpoint_moves_between_placements(
     for result in results:
         assert result["first_step"] == 2
         np.testing.assert_allclose(result["losses"], straight["losses"], rtol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["rows_p2", "columns_p2"])
+def test_a_resumed_run_continues_bitwise(pool: WorkerPool, small_run: list[str], tmp_path: Path, layout: str) -> None:
+    ranks, settings = LAYOUTS[layout]
+    settings = [*small_run, *MODELS["ring"], *settings, f"checkpoint.dir={tmp_path}", "model.hidden_dropout=0.1"]
+    straight = pool.run(ranks, train_and_save, settings, 4, (2,))
+    settings.append(f"checkpoint.load={tmp_path / 'step_00000002'}")
+    for resumed, whole in zip(pool.run(ranks, train_and_save, settings, 4), straight, strict=True):
+        assert resumed["first_step"] == 2
+        assert [resumed["steps"][step]["loss"] for step in (3, 4)] == [whole["steps"][step]["loss"] for step in (3, 4)]
+        for part in ("params", "optimizer"):
+            assert resumed["end"][part].keys() == whole["end"][part].keys()
+            for name, numbers in whole["end"][part].items():
+                np.testing.assert_array_equal(resumed["end"][part][name], numbers, err_msg=name)
