@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["megatron_ultramem", "megatron_ultramem.*"])
     + find_packages("kernels", include=["ultramem_kernels", "ultramem_kernels.*"]),
     package_dir={"megatron_ultramem": "megatron_ultramem", "ultramem_kernels": "kernels/ultramem_kernels"},
-    package_data={"ultramem_kernels": ["*.cu", "*.cpp", "*.md"]},
+    package_data={"": ["*.cu", "*.cuh", "*.md"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",

@@ -1,4 +1,4 @@
-"""Kernels of a sparse memory layer (UltraMemV2): retrieval, table lookup with its backward, RMS norm of queries and keys.
+"""Kernels of a sparse memory layer (UltraMemV2): retrieval, table lookup with its backward, norm of queries and keys.
 
 Needs torch; uses Triton and NVRTC where they are found. Each operation has its plain-PyTorch reference beside it, which
 says what it computes: `lookup.reference`, `retrieval.reference`, `rms_norm.reference`.

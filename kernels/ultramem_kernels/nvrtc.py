@@ -1,7 +1,7 @@
 """CUDA C++ compiled at first use by NVRTC, the compiler library that comes with PyTorch: no nvcc, no headers, no build.
 
-`Module(source, options)` holds one compiled source; `launch` runs one of its kernels on the current stream. Machine code
-is cached on disk by a hash of the source, the options, the GPU and the compiler's version.
+`Module(source, defines, device)` holds one compiled source; `launch` runs one of its kernels on the current stream.
+Machine code is cached on disk by a hash of the source, the options, the GPU and the compiler's version.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def long(value: int) -> ctypes.c_longlong:
     return ctypes.c_longlong(value)
 
 
-def _c_value(argument: object) -> ctypes._SimpleCData:  # type: ignore[type-arg]
+def _c_value(argument: object) -> ctypes._SimpleCData:
     if argument is None:
         return ctypes.c_void_p(0)
     if isinstance(argument, torch.Tensor):

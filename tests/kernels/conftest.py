@@ -27,7 +27,8 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
             if type(tensor) is not torch.Tensor or tensor.is_meta:
                 return tensor  # torch.compile's fake tensors have no memory
             filling = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-            return tensor.fill_(filling)
+            with torch.no_grad():
+                return tensor.fill_(filling)
 
         monkeypatch.setattr(torch, name, poisoned)
 

@@ -158,7 +158,8 @@ def test_deterministic_gradients_are_bitwise_equal_and_right_for_hot_rows(backen
 
 @pytest.mark.parametrize("segments", [[9, 1, 5], [4, 4, 5], [3, 2, 12, 1], [75, 3], [65, 1, 30], [32, 32, 33]], ids=str)
 def test_segments_of_every_position_relative_to_tiles_are_summed_once(segments, device):
-    from ultramem_kernels.lookup.segments_triton import add_segments_, sort_entries
+    from ultramem_kernels.lookup.segments_triton import add_segments_
+    from ultramem_kernels.lookup.table_gradients import sort_entries
 
     rows = torch.cat([torch.full((length,), row) for row, length in enumerate(segments)]).to(device).int()
     weights, x = torch.randn(len(rows), 1, 1, device=device), torch.randn(len(rows), 16, device=device)

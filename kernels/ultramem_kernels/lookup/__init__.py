@@ -1,1 +1,1 @@
-"""The table lookup: reference.py (what it computes), Triton and CUDA kernels, and the differentiable operations in ops.py."""
+"""The table lookup: reference.py says what it computes, ops.py makes it differentiable, the rest are the kernels."""

@@ -10,7 +10,11 @@ write down, order of additions not fixed), or leaves the per-entry factors from 
     d_pre_values[row] += d_dot * pre_input[t];   d_values[row, col] += act(dot) * scores[core(col)] * grad_out[t, col]
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -147,25 +151,26 @@ def backward_by_token(
     """(grad_pre_input, grad_weights, d_dot [T, M] fp32, final weights [T, M, C] fp32).
 
     A table's gradient given (fp32, contiguous) is added to by atomics. Not given, the factors of its rows are returned
-    instead: `d_dot` for the pre-values (with grad_dots_TM given, that is grad_dots_TM itself), the final weights for the
-    values (without pre-values those are weights_TMC itself).
+    instead: `d_dot` for the pre-values (grad_dots_TM itself where that is given), the final weights for the values
+    (weights_TMC itself without pre-values).
     """
-    float_dtype_ok(values_NV if values_NV is not None else pre_values_NP)
+    table: Any = values_NV if values_NV is not None else pre_values_NP
+    float_dtype_ok(table)
     T, M = indices_TM.shape
     device = indices_TM.device
     with_dot, with_sum = pre_values_NP is not None, values_NV is not None
-    P = pre_values_NP.shape[1] if with_dot else 1
-    V = values_NV.shape[1] if with_sum else 1
-    C = weights_TMC.shape[2] if with_sum else 1
+    P = 1 if pre_values_NP is None else pre_values_NP.shape[1]
+    V = 1 if values_NV is None else values_NV.shape[1]
+    C = 1 if weights_TMC is None else weights_TMC.shape[2]
     atomic_p, atomic_v = grad_pre_values_NP is not None, grad_values_NV is not None
-    grad_pre_input = torch.empty_like(pre_input_TP) if with_dot else None
-    grad_weights = torch.empty_like(weights_TMC) if with_sum else None
+    grad_pre_input = None if pre_input_TP is None else torch.empty_like(pre_input_TP)
+    grad_weights = None if weights_TMC is None else torch.empty_like(weights_TMC)
     d_dots, final = grad_dots_TM, weights_TMC
     if with_dot and with_sum:
         d_dots = None if atomic_p else torch.empty(T, M, dtype=torch.float32, device=device)
         final = None if atomic_v else torch.empty(T, M, C, dtype=torch.float32, device=device)
     if T == 0 or M == 0:
-        return (grad_pre_input.zero_() if with_dot else None), grad_weights, d_dots, final
+        return (None if grad_pre_input is None else grad_pre_input.zero_()), grad_weights, d_dots, final
     P0, P1 = cover(P)
     V0, V1 = cover(V)
     width = (P if with_dot else 0) + (V if with_sum else 0)
@@ -174,7 +179,7 @@ def backward_by_token(
     lookup_backward_kernel[(T,)](
         indices_TM, weights_TMC, pre_input_TP, pre_values_NP, values_NV, grad_out_TV, grad_dots_TM,
         grad_pre_input, grad_weights, d_dots, final, grad_pre_values_NP, grad_values_NV,
-        row_start, rows_argument(values_NV if with_sum else pre_values_NP),
+        row_start, rows_argument(table),
         -1 if padding_index is None else padding_index, core_width or max(V // C, 1), column_start,
         M, P, V, C, P0, P1, V0, V1, BLOCK_M=block_m, WITH_DOT=with_dot, WITH_SUM=with_sum, GELU=activation == "gelu",
         ATOMIC_P=atomic_p, ATOMIC_V=atomic_v, HAS_PADDING=padding_index is not None, num_warps=num_warps,

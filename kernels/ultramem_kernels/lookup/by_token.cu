@@ -1,4 +1,4 @@
-// The lookup by token: forward pass, and the backward pass but for the tables' gradients. One warp per token.
+// The lookup by token: forward pass, and the backward pass but for the tables' gradients. One warp per token at a time.
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 lookup_forward(const INDEX* indices, const float* weights, const half_t* pre_input, const half_t* pre_values,
@@ -87,14 +87,17 @@ lookup_forward(const INDEX* indices, const float* weights, const half_t* pre_inp
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+// Blocks per multiprocessor that the compiler leaves registers for; fewer or more were slower (NOTES.md).
+#define BACKWARD_BLOCKS 5
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS)
 lookup_backward(const INDEX* indices, const float* scores, const half_t* pre_input, const half_t* pre_values,
                 const half_t* values, const half_t* grad_out, half_t* grad_pre_input, float* grad_scores,
                 float* d_dots, float* final_weights, int T, int M, i64 row_start, i64 rows, i64 padding,
                 int core_width, int column_start) {
-    const i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (token >= T) return;
     const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
+    // No more blocks than fit at once: the sort that runs beside this kernel finds room (NOTES.md).
+    for (i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32; token < T; token += (i64)gridDim.x * WARPS) {
     uint4 x[NP], g[NV];
     float dx[NP][8];
     int core[NV];
@@ -208,5 +211,5 @@ lookup_backward(const INDEX* indices, const float* scores, const half_t* pre_inp
         }
         const int column = (j * G + part) * 8;
         if (group == 0 && column < P) *(uint4*)(grad_pre_input + token * P + column) = pack8(dx[j]);
-    }
+    }    }
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,15 +13,16 @@ from ultramem_kernels.tiles import rows_argument
 WARPS = 4  # per block, as in common.cuh
 TILE = 32
 FAN = 32
+BACKWARD_BLOCKS = 4  # per multiprocessor at a time in the backward by token: leaves room for the sort beside it
 
 
-@lru_cache(maxsize=None)
+@cache
 def _source(name: str) -> str:
     folder = Path(__file__).parent
     return (folder / "common.cuh").read_text() + (folder / name).read_text()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(name: str, device: torch.device, **defines: object) -> Module:
     return Module(_source(name), defines, device)
 
@@ -83,7 +84,7 @@ def forward(
     activation: str = "none",
     row_start: int = 0,
     padding_index: int | None = None,
-    unroll: int = 2,
+    unroll: int = 1,
 ) -> torch.Tensor:
     """Pooled values [T, V]; scores fp32."""
     T, M = indices_TM.shape
@@ -121,10 +122,11 @@ def backward_by_token(
     final = torch.empty(T, M, C, dtype=torch.float32, device=values_NV.device)
     if T:
         module = _by_token(values_NV, indices_TM, P, V, C, activation, padding_index is not None, unroll)
+        multiprocessors = torch.cuda.get_device_properties(values_NV.device).multi_processor_count
         module.launch(
-            "lookup_backward", (-(-T // WARPS), 1), 32 * WARPS, indices_TM, scores_TMC, pre_input_TP, pre_values_NP,
-            values_NV, grad_out_TV, grad_pre_input, grad_scores, d_dots, final, T, M, long(row_start),
-            long(rows_argument(values_NV)), long(padding_index or 0), V // C, 0,
+            "lookup_backward", (min(-(-T // WARPS), BACKWARD_BLOCKS * multiprocessors), 1), 32 * WARPS, indices_TM,
+            scores_TMC, pre_input_TP, pre_values_NP, values_NV, grad_out_TV, grad_pre_input, grad_scores, d_dots, final,
+            T, M, long(row_start), long(rows_argument(values_NV)), long(padding_index or 0), V // C, 0,
         )  # fmt: skip
     return grad_pre_input, grad_scores, d_dots, final
 

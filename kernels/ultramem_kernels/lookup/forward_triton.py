@@ -4,7 +4,11 @@ Rows are read as tiles of [BLOCK_M, width]; a width that is no power of two is c
 (192 = 128 + 64), so that no lane loads padding. Legend as in reference.py.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -116,14 +120,15 @@ def forward(
 
     With both tables `weights_TMC` are scores, multiplied by act(dot); with `values_NV` alone they are final weights.
     """
-    float_dtype_ok(values_NV if values_NV is not None else pre_values_NP)
+    table: Any = values_NV if values_NV is not None else pre_values_NP
+    float_dtype_ok(table)
     T, M = indices_TM.shape
     with_dot, with_sum = pre_values_NP is not None, values_NV is not None
-    P = pre_values_NP.shape[1] if with_dot else 1
-    V = values_NV.shape[1] if with_sum else 1
-    C = weights_TMC.shape[2] if with_sum else 1
+    P = 1 if pre_values_NP is None else pre_values_NP.shape[1]
+    V = 1 if values_NV is None else values_NV.shape[1]
+    C = 1 if weights_TMC is None else weights_TMC.shape[2]
     if with_sum:
-        out = torch.empty(T, V, dtype=values_NV.dtype, device=indices_TM.device)
+        out = torch.empty(T, V, dtype=table.dtype, device=indices_TM.device)
     else:
         out = torch.empty(T, M, dtype=torch.float32, device=indices_TM.device)
     if T == 0:
@@ -134,9 +139,10 @@ def forward(
     V0, V1 = cover(V)
     # About 4 KiB of rows per warp in flight; few tokens (decoding) get more warps per token instead.
     width = (P if with_dot else 0) + (V if with_sum else 0)
-    block_m = block_m or min(triton.next_power_of_2(M), 32 if T < 512 else max(2, 2048 // triton.next_power_of_2(width)))
+    block_m = block_m or min(
+        triton.next_power_of_2(M), 32 if T < 512 else max(2, 2048 // triton.next_power_of_2(width))
+    )
     num_warps = num_warps or (8 if T < 512 else 1 if block_m * width <= 2048 else 2)
-    table = values_NV if with_sum else pre_values_NP
     lookup_forward_kernel[(T,)](
         indices_TM, weights_TMC, pre_input_TP, pre_values_NP, values_NV, out, out,
         row_start, rows_argument(table), -1 if padding_index is None else padding_index,

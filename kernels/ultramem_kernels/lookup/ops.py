@@ -1,10 +1,11 @@
 """The differentiable lookup operations. Legend as in reference.py.
 
-Gradients of a table go straight into its `main_grad` (fp32, same shape) when it has one, as Megatron's parameters do: the
-table itself then receives no gradient from autograd, and nothing of its size is allocated. A table without `main_grad`
-gets an ordinary dense gradient.
+Gradients of a table go straight into its `main_grad` (fp32, same shape) when it has one, as Megatron's parameters do:
+the table itself then receives no gradient from autograd, and nothing of its size is allocated. A table without one gets
+an ordinary dense gradient.
 
-forward and backward are custom operators (`ultramem::lookup_forward`, `ultramem::lookup_backward`), opaque to torch.compile.
+Forward and backward are custom operators (`ultramem::lookup_forward`, `ultramem::lookup_backward`), opaque to
+torch.compile.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from ultramem_kernels.dispatch import choose
+from ultramem_kernels.dispatch import choose, for_this_call
 from ultramem_kernels.lookup import reference
+from ultramem_kernels.lookup.table_gradients import Sorting, add_by_reference, add_sorted
 
 # Below this many entries (T * M) the fixed cost of a sort outweighs what it saves over atomics (NOTES.md).
 ATOMIC_BELOW = 1 << 16
@@ -56,8 +58,12 @@ def _backend(
     return choose(options_backend, table, cuda_supports)
 
 
-@torch.library.custom_op("ultramem::lookup_forward", mutates_args=())
-def lookup_forward(
+def _present(*tensors: Optional[torch.Tensor]) -> tuple[Any, ...]:
+    """The tensors as they are; which of them exist follows from the mode, beyond what types can say."""
+    return tensors
+
+
+def run_lookup_forward(
     indices: torch.Tensor,
     weights: Optional[torch.Tensor],
     pre_input: Optional[torch.Tensor],
@@ -72,25 +78,26 @@ def lookup_forward(
 ) -> torch.Tensor:
     """Pooled values [T, V]; without `values` the dots [T, M]; without `pre_values` `weights` are final."""
     chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
-    place = {"row_start": row_start, "padding_index": padding_index}
+    w, x, v, p = _present(weights, pre_input, values, pre_values)
+    place: dict[str, Any] = {"row_start": row_start, "padding_index": padding_index}
     if chosen == "reference":
-        if pre_values is None:
-            return reference.weighted_sum(indices, weights, values, core_width, column_start, **place)
-        if values is None:
-            return reference.pre_value_dot(indices, pre_input, pre_values, **place)
-        return reference.lookup(indices, weights, pre_input, values, pre_values, activation, **place)
+        if p is None:
+            return reference.weighted_sum(indices, w, v, core_width, column_start, **place)
+        if v is None:
+            return reference.pre_value_dot(indices, x, p, **place)
+        return reference.lookup(indices, w, x, v, p, activation, **place)
     if chosen == "cuda":
         from ultramem_kernels.lookup import cuda
 
-        return cuda.forward(
-            indices, weights.float(), pre_input, values, pre_values, activation=activation, **place
-        )  # fmt: skip
+        return cuda.forward(indices, w.float(), x, v, p, activation=activation, **place)
     from ultramem_kernels.lookup import forward_triton
 
     return forward_triton.forward(
-        indices, weights, pre_input, values, pre_values, activation=activation, core_width=core_width,
-        column_start=column_start, **place,
-    )  # fmt: skip
+        indices, w, x, v, p, activation=activation, core_width=core_width, column_start=column_start, **place
+    )
+
+
+lookup_forward = torch.library.custom_op("ultramem::lookup_forward", mutates_args=())(run_lookup_forward)
 
 
 @lookup_forward.register_fake
@@ -100,8 +107,7 @@ def _(indices, weights, pre_input, values, pre_values, *_options):  # type: igno
     return pre_values.new_empty(indices.shape, dtype=reference.accumulation_dtype(pre_values.dtype))
 
 
-@torch.library.custom_op("ultramem::lookup_backward", mutates_args=("grad_values", "grad_pre_values"))
-def lookup_backward(
+def run_lookup_backward(
     indices: torch.Tensor,
     weights: Optional[torch.Tensor],
     pre_input: Optional[torch.Tensor],
@@ -123,51 +129,61 @@ def lookup_backward(
     A gradient that does not exist is an empty tensor.
     """
     chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
-    place = {"row_start": row_start, "padding_index": padding_index}
-    grad_out, grad_dots = (grad, None) if values is not None else (None, grad)
-    if chosen == "reference":
-        d_input, d_weights, d_dots, final = reference.backward_by_token(
-            indices, weights, pre_input, values, pre_values, grad, activation, core_width, column_start, **place
-        )
-    elif not deterministic and indices.numel() < ATOMIC_BELOW:
+    w, x, v, p = _present(weights, pre_input, values, pre_values)
+    place: dict[str, Any] = {"row_start": row_start, "padding_index": padding_index}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "core_width": core_width,
+        "column_start": column_start,
+        **place,
+    }
+    grad_out, grad_dots = (grad, None) if v is not None else (None, grad)
+    wanted = grad_values is not None or grad_pre_values is not None
+    if chosen != "reference" and (not wanted or (not deterministic and indices.numel() < ATOMIC_BELOW)):
         from ultramem_kernels.lookup import backward_triton
 
         d_input, d_weights, _, _ = backward_triton.backward_by_token(
-            indices, weights, pre_input, values, pre_values, grad_out, grad_dots, grad_values_NV=grad_values,
-            grad_pre_values_NP=grad_pre_values, activation=activation, core_width=core_width, column_start=column_start,
-            **place,
-        )  # fmt: skip
+            indices,
+            w,
+            x,
+            v,
+            p,
+            grad_out,
+            grad_dots,
+            grad_values_NV=grad_values,
+            grad_pre_values_NP=grad_pre_values,
+            **options,
+        )
         return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+    rows = (v if v is not None else p).shape[0]
+    sorting = None if chosen == "reference" else Sorting(indices, rows, **place)
+    d_dots: Any
+    if chosen == "reference":
+        d_input, d_weights, d_dots, final = reference.backward_by_token(indices, w, x, v, p, grad, **options)
+    elif chosen == "cuda":
+        from ultramem_kernels.lookup import cuda
+
+        d_input, d_weights, d_dots, final = cuda.backward_by_token(
+            indices, w.float(), x, v, p, grad, activation=activation, **place
+        )
+        d_weights = d_weights.to(w.dtype)
     else:
-        sorting = _Sorting(indices, (values if values is not None else pre_values).shape[0], row_start, padding_index,
-                           wanted=grad_values is not None or grad_pre_values is not None)  # fmt: skip
-        if chosen == "cuda":
-            from ultramem_kernels.lookup import cuda
+        from ultramem_kernels.lookup import backward_triton
 
-            d_input, d_weights, d_dots, final = cuda.backward_by_token(
-                indices, weights.float(), pre_input, values, pre_values, grad, activation=activation, **place
-            )
-            d_weights = d_weights.to(weights.dtype)
-        else:
-            from ultramem_kernels.lookup import backward_triton
-
-            d_input, d_weights, d_dots, final = backward_triton.backward_by_token(
-                indices, weights, pre_input, values, pre_values, grad_out, grad_dots, activation=activation,
-                core_width=core_width, column_start=column_start, **place,
-            )  # fmt: skip
-        _add_table_gradients(
-            sorting, chosen, indices.shape[1], pre_input, grad_out, d_dots, final, grad_values, grad_pre_values,
-            core_width, column_start,
-        )  # fmt: skip
-        return _or_empty(d_input, indices), _or_empty(d_weights, indices)
-    table = values if values is not None else pre_values
-    local_TM, exists_TM = reference.local_rows(indices, table.shape[0], row_start, padding_index)
-    if grad_pre_values is not None:
-        width = grad_pre_values.shape[1]
-        reference.add_rows_(grad_pre_values, local_TM, exists_TM, d_dots.unsqueeze(-1), pre_input, width)
-    if grad_values is not None:
-        reference.add_rows_(grad_values, local_TM, exists_TM, final, grad_out, core_width, column_start)
+        d_input, d_weights, d_dots, final = backward_triton.backward_by_token(
+            indices, w, x, v, p, grad_out, grad_dots, **options
+        )
+    of_pre_values, of_values = (grad_pre_values, x, d_dots), (grad_values, grad_out, final)
+    if sorting is None:
+        add_by_reference(indices, of_pre_values, of_values, core_width, column_start, **place)
+    else:
+        add_sorted(sorting, chosen, indices.shape[1], of_pre_values, of_values, core_width, column_start)
     return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+
+
+lookup_backward = torch.library.custom_op("ultramem::lookup_backward", mutates_args=("grad_values", "grad_pre_values"))(
+    run_lookup_backward
+)
 
 
 @lookup_backward.register_fake
@@ -183,81 +199,6 @@ def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return tensor if tensor is not None else like.new_empty(0, dtype=torch.float32)
 
 
-class _Sorting:
-    """The sort of the entries, on a stream of its own where that helps: the backward by token does not wait for it."""
-
-    def __init__(
-        self, indices_TM: torch.Tensor, rows: int, row_start: int, padding_index: int | None, wanted: bool
-    ) -> None:
-        self._wanted, self._stream = wanted, None
-        if not wanted:
-            return
-        from ultramem_kernels.lookup.segments_triton import sort_entries
-
-        if not indices_TM.is_cuda:
-            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
-            return
-        # High priority: its few blocks get their turn among the thousands of the backward by token.
-        self._stream = _high_priority_stream(indices_TM.device)
-        self._stream.wait_stream(torch.cuda.current_stream(indices_TM.device))
-        with torch.cuda.stream(self._stream):
-            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
-        indices_TM.record_stream(self._stream)
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._result[0].device)
-            current.wait_stream(self._stream)
-            for tensor in self._result:
-                tensor.record_stream(current)
-        return self._result
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _high_priority_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device, priority=-1)
-    return _streams[device]
-
-
-def _add_table_gradients(
-    sorting: _Sorting,
-    chosen: str,
-    M: int,
-    pre_input: torch.Tensor | None,
-    grad_out: torch.Tensor | None,
-    d_dots: torch.Tensor | None,
-    final: torch.Tensor | None,
-    grad_values: torch.Tensor | None,
-    grad_pre_values: torch.Tensor | None,
-    core_width: int,
-    column_start: int,
-) -> None:
-    """Sorted segment sums into the buffers that are given."""
-    if grad_values is None and grad_pre_values is None:
-        return
-    sorted_rows, order = sorting.result()
-    if chosen == "cuda":
-        from ultramem_kernels.lookup import cuda
-
-        cuda.add_segments_(
-            sorted_rows, order, M,
-            None if grad_pre_values is None else (grad_pre_values, pre_input, d_dots),
-            None if grad_values is None else (grad_values, grad_out, final),
-            core_width, column_start,
-        )  # fmt: skip
-        return
-    from ultramem_kernels.lookup.segments_triton import add_segments_
-
-    if grad_pre_values is not None:
-        width = grad_pre_values.shape[1]
-        add_segments_(grad_pre_values, sorted_rows, order, d_dots.unsqueeze(-1), pre_input, width)
-    if grad_values is not None:
-        add_segments_(grad_values, sorted_rows, order, final, grad_out, core_width, column_start)
-
-
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -271,7 +212,7 @@ class _Lookup(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(indices, weights, pre_input, values, pre_values)
         ctx.options = options
-        return lookup_forward(
+        return for_this_call(lookup_forward, run_lookup_forward)(
             indices, weights, pre_input, values, pre_values, options.activation, options.core_width,
             options.column_start, options.row_start, options.padding_index, options.backend,
         )  # fmt: skip
@@ -283,7 +224,7 @@ class _Lookup(torch.autograd.Function):
         o = ctx.options
         value_buffer, value_gradient = _buffer(values, ctx.needs_input_grad[3])
         pre_buffer, pre_gradient = _buffer(pre_values, ctx.needs_input_grad[4])
-        d_input, d_weights = lookup_backward(
+        d_input, d_weights = for_this_call(lookup_backward, run_lookup_backward)(
             indices, weights, pre_input, values, pre_values, grad.contiguous(), value_buffer, pre_buffer, o.activation,
             o.core_width, o.column_start, o.row_start, o.padding_index, o.deterministic, o.backend,
         )  # fmt: skip
@@ -341,8 +282,9 @@ def lookup(
     V = values_NV.shape[1]
     if indices_TM.shape != (T, M) or pre_input_TP.shape != (T, pre_values_NP.shape[1]) or V % C:
         raise ValueError(
-            f"indices {tuple(indices_TM.shape)}, scores {tuple(scores_TMC.shape)}, pre-input {tuple(pre_input_TP.shape)}, "
-            f"values {tuple(values_NV.shape)}, pre-values {tuple(pre_values_NP.shape)} do not fit: see reference.py"
+            f"indices {tuple(indices_TM.shape)}, scores {tuple(scores_TMC.shape)}, pre-input "
+            f"{tuple(pre_input_TP.shape)}, values {tuple(values_NV.shape)} and pre-values {tuple(pre_values_NP.shape)} "
+            "do not fit: see reference.py"
         )
     if values_NV.shape[0] != pre_values_NP.shape[0]:
         raise ValueError(f"values have {values_NV.shape[0]} rows, pre-values {pre_values_NP.shape[0]}")
@@ -381,8 +323,8 @@ def weighted_sum(
 ) -> torch.Tensor:
     """Pooled values [T, V] of `reference.weighted_sum` for final weights.
 
-    Over a shard of columns give `column_start`, its first column in the whole table, and `core_width`, the whole table's
-    width divided by the cores.
+    Over a shard of columns give `column_start`, its first column in the whole table, and `core_width`, the whole
+    table's width divided by the cores.
     """
     width = core_width or values_NV.shape[1] // weights_TMC.shape[2]
     options = Options("none", width, column_start, row_start, padding_index, deterministic, backend)

@@ -7,8 +7,8 @@ V value width (of this rank's columns), W width of a core's slice of the pooled 
     weight       = act(dot[t, m]) * scores[t, m, c]
     out[t, col]  = sum_m weight[t, m, core(col)] * values[row(t, m), col]        core(col) = (column_start + col) // W
 
-(UltraMemV2, arXiv 2508.18756, eq. 15 with multi-core scoring.) `row(t, m) = indices[t, m] - row_start`; an index outside
-the shard's rows, or equal to `padding_index`, contributes nothing and receives zero gradients.
+(UltraMemV2, arXiv 2508.18756, eq. 15 with multi-core scoring.) `row(t, m) = indices[t, m] - row_start`; an index
+outside the shard's rows, or equal to `padding_index`, contributes nothing and receives zero gradients.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def backward_by_token(
         q_TMC = products_TMV.new_zeros(weights_TMC.shape).index_add_(2, core_V, products_TMV)
         grad_weights_TMC, final_TMC = q_TMC, weights_TMC.to(dtype)
         if pre_values_NP is not None:
+            assert pre_input_TP is not None
             dot_TM = pre_value_dot(indices_TM, pre_input_TP, pre_values_NP, row_start, padding_index)
             active_TM1 = activate(dot_TM, activation).unsqueeze(-1)
             d_dot_TM = (final_TMC * q_TMC).sum(-1) * activation_slope(dot_TM, activation)

@@ -54,9 +54,14 @@ __device__ __forceinline__ float* gradient_at(const Columns& here, float* grad_p
     return here.table == 1 ? grad_pre_values + row * P + here.column : grad_values + row * V + here.column;
 }
 
-__device__ __forceinline__ uint2 input_at(const Columns& here, const half_t* pre_input, const half_t* grad_out, i64 token) {
-    if (here.table == 0) return make_uint2(0, 0);
-    return *(const uint2*)(here.table == 1 ? pre_input + token * P + here.column : grad_out + token * V + here.column);
+// The inputs (tens of megabytes, each row read m times) are to stay in the L2 cache while gradients stream past them.
+__device__ __forceinline__ uint2 input_at(const Columns& here, const half_t* pre_input, const half_t* grad_out, i64 token,
+                                          i64 keep) {
+    uint2 v = make_uint2(0, 0);
+    if (here.table == 0) return v;
+    const half_t* from = here.table == 1 ? pre_input + token * P + here.column : grad_out + token * V + here.column;
+    asm volatile("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(v.x), "=r"(v.y) : "l"(from), "l"(keep));
+    return v;
 }
 
 __device__ __forceinline__ float pick(const Columns& here, float d_dot, const float* weight) {
@@ -77,6 +82,8 @@ segments(const ROW* sorted, const i64* order, const float* d_dots, const float* 
 #pragma unroll
     for (int j = 0; j < NJ; j++) here[j] = columns_of((blockIdx.y * NJ + j) * 32 + lane, core_width, column_start);
 
+    i64 keep;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
     const i64 position = base + lane;
     const bool inside = position < N;
     const ROW row = inside ? sorted[position] : (ROW)-1;
@@ -115,7 +122,7 @@ segments(const ROW* sorted, const i64* order, const float* d_dots, const float* 
                 input[u][j] = make_uint2(0, 0);
                 home[u][j] = nullptr;
                 if (start[u] < 0 || here[j].table == 0) continue;
-                input[u][j] = input_at(here[j], pre_input, grad_out, my_token);
+                input[u][j] = input_at(here[j], pre_input, grad_out, my_token, keep);
                 if (is_head || goes_hot) {
                     const int quad = (blockIdx.y * NJ + j) * 32 + lane;
                     home[u][j] = partial + (tile * 2 + (is_head ? 0 : 1)) * WIDTH + quad * 4;
@@ -136,7 +143,7 @@ segments(const ROW* sorted, const i64* order, const float* d_dots, const float* 
                 const i64 its_token = __shfl_sync(FULL, token, at);
 #pragma unroll
                 for (int j = 0; j < NJ; j++) {
-                    const uint2 x = at == start[u] ? input[u][j] : input_at(here[j], pre_input, grad_out, its_token);
+                    const uint2 x = at == start[u] ? input[u][j] : input_at(here[j], pre_input, grad_out, its_token, keep);
                     add_scaled(sum[u][j], pick(here[j], its_d_dot, its_weight), x);
                 }
             }
@@ -150,7 +157,7 @@ segments(const ROW* sorted, const i64* order, const float* d_dots, const float* 
 #pragma unroll
                     for (int j = 0; j < NJ; j++)
                         add_scaled(sum[u][j], pick(here[j], its_d_dot, its_weight),
-                                   input_at(here[j], pre_input, grad_out, its_entry / (unsigned int)M));
+                                   input_at(here[j], pre_input, grad_out, its_entry / (unsigned int)M, keep));
                 }
             }
 #pragma unroll

@@ -2,14 +2,17 @@
 
 The T*M entries are sorted by row (one sort serves both tables). A *segment* is the run of entries of one row. Entries
 are cut into tiles of TILE; a segment is *hot* at a tile boundary when it crosses it and reaches beyond the two tiles
-around it. A *chunk* starts where a segment starts and at every hot boundary; it ends at its segment's end or at the next
-hot boundary, so it has at most 2*TILE entries. A whole segment is added to its row of the gradient at once; chunks of hot
-segments leave partial sums, which `merge` levels add up in tile order, FAN tiles at a time, until one group is left.
+around it. A *chunk* starts where a segment starts and at every hot boundary; it ends at its segment's end or at the
+next hot boundary, so it has at most 2*TILE entries. A whole segment is added to its row of the gradient at once; chunks
+of hot segments leave partial sums, which `merge` levels add up in tile order, FAN tiles at a time, until one group is
+left.
 
     partial[b, 0] (head): what the tiles of group b add to the segment that is hot at the group's first boundary
     partial[b, 1] (tail): what they add to the segment that is hot at its last boundary and started inside the group
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
 
 import torch
@@ -20,23 +23,6 @@ from ultramem_kernels.tiles import cover
 
 TILE = 32
 FAN = 64
-
-
-def sort_entries(
-    indices_TM: torch.Tensor, rows: int, row_start: int = 0, padding_index: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of the entries in ascending order, their flat entry numbers int64), both [T*M]; stable.
-
-    Entries without a row in this shard come last, with row number `rows`.
-    """
-    flat = indices_TM.reshape(-1)
-    if row_start == 0 and padding_index is None:
-        return torch.sort(flat, stable=True)
-    local = flat - row_start
-    missing = (local < 0) | (local >= rows)
-    if padding_index is not None:
-        missing |= flat == padding_index
-    return torch.sort(torch.where(missing, rows, local), stable=True)
 
 
 @triton.jit
@@ -176,7 +162,7 @@ def add_segments_(
 ) -> None:
     """`grad[row(t, m), col] += weights[t, m, core(col)] * x[t, col]` in place, in an order fixed by the indices.
 
-    `grad_ND` fp32 contiguous; `sorted_rows`, `order` from `sort_entries`.
+    `grad_ND` fp32 contiguous; `sorted_rows`, `order` from `table_gradients.sort_entries`.
     """
     rows, D = grad_ND.shape
     T, M, C = weights_TMC.shape

@@ -1,1 +1,1 @@
-"""The retrieval: reference.py (what it computes), Triton and CUDA kernels, and the differentiable operation in ops.py."""
+"""The retrieval: reference.py says what it computes, ops.py makes it differentiable, the rest are the kernels."""

@@ -4,10 +4,12 @@
     d_side[1, b, t, j] = sum over pairs with column j of sum_c d_score[c] sum_a cores[c, a, b] side[0, a, t, i]
     d_cores[c, a, b]   = sum over tokens and pairs of d_score[c] side[0, a, t, i] side[1, b, t, j]
 
-A key may occur in several pairs: every pair computes its key's total and all of them store the same value, so the result
-does not depend on the order of the stores.
+A key may occur in several pairs: every pair computes its key's total and all of them store the same value, so the
+result does not depend on the order of the stores.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
 
 import torch

@@ -1,8 +1,8 @@
 """The differentiable retrieval. Legend as in reference.py.
 
-    side = query key^T           a matrix product (cuBLAS), rounded to the queries' dtype, in rows of a multiple of 64 keys
-    coarse pass, exact pass      one kernel each: from side scores to row indices and scores
-    backward                     one kernel from score gradients to the dense gradient of `side`, then two products
+side = query key^T           a matrix product (cuBLAS), rounded to the queries' dtype, in rows of a multiple of 64 keys
+coarse pass, exact pass      one kernel each: from side scores to row indices and scores
+backward                     one kernel from score gradients to the dense gradient of `side`, then two products
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch.nn import functional as F
 
-from ultramem_kernels.dispatch import choose
+from ultramem_kernels.dispatch import choose, for_this_call
 from ultramem_kernels.retrieval import reference
 
 KEYS_MULTIPLE = 64  # other row lengths cost cuBLAS a factor of 2.7 on an H100 (NOTES.md)
@@ -37,8 +37,7 @@ def _side_scores(query_SRTD: torch.Tensor, key_SRND: torch.Tensor) -> torch.Tens
     return side_XTN.view(S, R, T, width)[..., :N]
 
 
-@torch.library.custom_op("ultramem::retrieve_forward", mutates_args=())
-def retrieve_forward(
+def run_retrieve_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     leading: torch.Tensor,
@@ -81,10 +80,15 @@ def _reference_forward(
     known_keys: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     side = reference.side_scores(query, key)
-    keys = known_keys.clone() if known_keys is not None else reference.select(side, leading, cores.sum(0), coarse_k, top_m)
+    keys = (
+        known_keys.clone() if known_keys is not None else reference.select(side, leading, cores.sum(0), coarse_k, top_m)
+    )
     kept = reference.gather_keys(side, keys).to(torch.promote_types(side.dtype, torch.float32))
     indices = reference.physical_rows(keys, key.shape[2], permutation, offset, rows)
     return indices, reference.pair_scores(kept, cores).contiguous(), keys, kept
+
+
+retrieve_forward = torch.library.custom_op("ultramem::retrieve_forward", mutates_args=())(run_retrieve_forward)
 
 
 @retrieve_forward.register_fake
@@ -99,8 +103,7 @@ def _(query, key, leading, cores, coarse_k, top_m, permutation, offset, rows, kn
     )
 
 
-@torch.library.custom_op("ultramem::retrieve_backward", mutates_args=())
-def retrieve_backward(
+def run_retrieve_backward(
     grad_scores: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -118,10 +121,14 @@ def retrieve_backward(
         wide_query, wide_key = query.to(grad_side.dtype), key.to(grad_side.dtype)
         grad_query = torch.matmul(grad_side, wide_key).to(query.dtype)
         return grad_query, torch.matmul(grad_side.mT, wide_query).to(key.dtype), grad_cores.to(cores.dtype)
-    from ultramem_kernels.retrieval.backward_triton import dense_gradient
+    from ultramem_kernels.retrieval import backward_triton, cuda
 
     width = _padded_width(N)
-    grad_side, grad_cores = dense_gradient(grad_scores, kept, cores, keys, width, query.dtype)
+    by_hand = chosen == "cuda" and cuda.supports_dense_gradient(kept, cores, width)
+    kernels = cuda if by_hand else backward_triton
+    grad_side, grad_cores = kernels.dense_gradient(
+        grad_scores.float(), kept, cores.float().contiguous(), keys, width, query.dtype
+    )
     X = S * R
     grad_side, query_XTD, key_XND = grad_side.view(X, T, width), query.reshape(X, T, D), key.reshape(X, N, D)
     if width != N:
@@ -133,6 +140,9 @@ def retrieve_backward(
     )
     grad_key = grad_key.view(X, chunks, width, D).sum(1, dtype=torch.float32)[:, :N].to(key.dtype)
     return grad_query, grad_key.contiguous().view(S, R, N, D), grad_cores.to(cores.dtype)
+
+
+retrieve_backward = torch.library.custom_op("ultramem::retrieve_backward", mutates_args=())(run_retrieve_backward)
 
 
 @retrieve_backward.register_fake
@@ -156,7 +166,7 @@ class _Retrieve(torch.autograd.Function):
         known_keys: torch.Tensor | None,
         backend: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        indices, scores, keys, kept = retrieve_forward(
+        indices, scores, keys, kept = for_this_call(retrieve_forward, run_retrieve_forward)(
             query, key, leading, cores, coarse_k, top_m, permutation, offset, rows, known_keys, backend
         )
         ctx.save_for_backward(query, key, cores, keys, kept)
@@ -168,7 +178,9 @@ class _Retrieve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _indices: Any, grad_scores: torch.Tensor, _keys: Any) -> tuple[torch.Tensor | None, ...]:
         query, key, cores, keys, kept = ctx.saved_tensors
-        grads = retrieve_backward(grad_scores.contiguous(), query, key, cores, keys, kept, ctx.backend)
+        grads = for_this_call(retrieve_backward, run_retrieve_backward)(
+            grad_scores.contiguous(), query, key, cores, keys, kept, ctx.backend
+        )
         return grads[0], grads[1], None, grads[2], *(None,) * 7
 
 
@@ -207,6 +219,6 @@ def retrieve(
     if permutation is not None and permutation.numel() != n * n:
         raise ValueError(f"permutation of {permutation.numel()} entries for {n}*{n} pairs")
     return _Retrieve.apply(
-        query_SRTD, key_SRND, leading_SR, cores_CRR, coarse_k, top_m, permutation, offset, rows or n * n, known_keys_STM,
-        backend,
+        query_SRTD, key_SRND, leading_SR, cores_CRR, coarse_k, top_m, permutation, offset, rows or n * n,
+        known_keys_STM, backend,
     )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Selection from side scores in Triton: the coarse pass (one program per token and side), the exact pass with scores and
-row indices (one program per token). Neither the coarse scores nor the K x K pair scores reach memory.
+"""Selection from side scores in Triton: the coarse pass (one program per token and side), the exact pass with scores
+and row indices (one program per token). Neither the coarse scores nor the K x K pair scores reach memory.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
 
 import torch

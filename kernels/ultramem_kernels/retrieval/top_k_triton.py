@@ -2,12 +2,14 @@
 
 Numbers become int32 keys of the same order. The bisection keeps `low` with at least k keys >= low and `high` with fewer
 than k keys >= high; it ends as soon as exactly k keys are >= low (with distinct numbers after about log2(n) halvings of
-the gap between the maximum and a lower bound that the maxima of k groups give), or when low and high are neighbours: then
-the keys equal to low are ties, of which the first in order are taken.
+the gap between the maximum and a lower bound that the maxima of k groups give), or when low and high are neighbours:
+then the keys equal to low are ties, of which the first in order are taken.
 
 A row of n numbers lies in two tiles, as `tiles.cover` cuts it.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
 
 import triton
@@ -25,7 +27,7 @@ def order_key(x):
 
 @triton.jit
 def kth_largest(a, b, k, GROUPS: tl.constexpr):
-    """Key `low`, the largest with at least k keys of tiles a, b >= low (or any with exactly k). GROUPS >= k divides a."""
+    """The largest `low` with at least k keys of tiles a, b >= low (or any with exactly k). GROUPS >= k divides a."""
     maxima = tl.max(tl.reshape(a, (GROUPS, a.shape[0] // GROUPS), can_reorder=True), axis=1)
     low = tl.min(maxima, axis=0)
     high = tl.minimum(tl.maximum(tl.max(maxima, axis=0), tl.max(b, axis=0)), 2147483646) + 1

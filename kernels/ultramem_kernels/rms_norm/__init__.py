@@ -1,1 +1,1 @@
-"""RMS norm of queries and keys: reference.py, kernel_triton.py, and the differentiable operation in ops.py."""
+"""RMS norm of queries and keys: reference.py says what it computes, ops.py makes it differentiable."""

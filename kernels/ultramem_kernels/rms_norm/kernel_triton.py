@@ -4,6 +4,8 @@ Rows come as [G, B, A, D] of any strides but 1 of D and go out as contiguous [G,
 also turns [tokens, side * rank, D] into the [side * rank, tokens, D] that the score product reads.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take pointers and constants that Python's types do not describe.)
 from __future__ import annotations
 
 import torch

@@ -6,12 +6,11 @@ from typing import Any, Optional
 
 import torch
 
-from ultramem_kernels.dispatch import choose
+from ultramem_kernels.dispatch import choose, for_this_call
 from ultramem_kernels.rms_norm import reference
 
 
-@torch.library.custom_op("ultramem::rms_norm_forward", mutates_args=())
-def rms_norm_forward(x: torch.Tensor, gain: torch.Tensor, eps: float, backend: Optional[str]) -> torch.Tensor:
+def run_rms_norm_forward(x: torch.Tensor, gain: torch.Tensor, eps: float, backend: Optional[str]) -> torch.Tensor:
     """Contiguous [G, A, B, D]."""
     if choose(backend, x, lambda: False) == "reference":
         return reference.rms_norm_swapped(x, gain, eps)
@@ -20,14 +19,16 @@ def rms_norm_forward(x: torch.Tensor, gain: torch.Tensor, eps: float, backend: O
     return kernel_triton.forward(x, gain.contiguous(), eps)
 
 
+rms_norm_forward = torch.library.custom_op("ultramem::rms_norm_forward", mutates_args=())(run_rms_norm_forward)
+
+
 @rms_norm_forward.register_fake
 def _(x, gain, eps, backend):  # type: ignore[no-untyped-def]
     G, B, A, D = x.shape
     return x.new_empty(G, A, B, D)
 
 
-@torch.library.custom_op("ultramem::rms_norm_backward", mutates_args=())
-def rms_norm_backward(
+def run_rms_norm_backward(
     x: torch.Tensor, gain: torch.Tensor, grad: torch.Tensor, eps: float, backend: Optional[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of x [G, B, A, D], gradient of the gain [D])."""
@@ -37,6 +38,9 @@ def rms_norm_backward(
 
     grad_x, grad_gain = kernel_triton.backward(x, gain.contiguous(), grad, eps)
     return grad_x, grad_gain.to(gain.dtype)
+
+
+rms_norm_backward = torch.library.custom_op("ultramem::rms_norm_backward", mutates_args=())(run_rms_norm_backward)
 
 
 @rms_norm_backward.register_fake
@@ -49,13 +53,17 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, backend: str | None) -> torch.Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps, ctx.backend = eps, backend
-        return rms_norm_forward(x, gain, eps, backend)
+        return for_this_call(rms_norm_forward, run_rms_norm_forward)(x, gain, eps, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, gain = ctx.saved_tensors
-        return *rms_norm_backward(x, gain, grad.contiguous(), ctx.eps, ctx.backend), None, None
+        return (
+            *for_this_call(rms_norm_backward, run_rms_norm_backward)(x, gain, grad.contiguous(), ctx.eps, ctx.backend),
+            None,
+            None,
+        )
 
 
 def rms_norm_swapped(

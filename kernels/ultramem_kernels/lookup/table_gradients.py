@@ -1,0 +1,110 @@
+"""The tables' gradients from per-entry factors, whatever the implementation: by sorted segments, or by the reference.
+
+The sort of the entries needs only the indices, so it runs on a stream of its own beside the backward by token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ultramem_kernels.lookup import reference
+
+
+def sort_entries(
+    indices_TM: torch.Tensor, rows: int, row_start: int = 0, padding_index: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows of the entries in ascending order, their flat entry numbers int64), both [T*M]; stable.
+
+    Entries without a row in this shard come last, with row number `rows`.
+    """
+    flat = indices_TM.reshape(-1)
+    if row_start == 0 and padding_index is None:
+        return torch.sort(flat, stable=True)
+    local = flat - row_start
+    missing = (local < 0) | (local >= rows)
+    if padding_index is not None:
+        missing |= flat == padding_index
+    return torch.sort(torch.where(missing, rows, local), stable=True)
+
+
+class Sorting:
+    """`sort_entries`, started at once and waited for by `result`."""
+
+    def __init__(self, indices_TM: torch.Tensor, rows: int, row_start: int, padding_index: int | None) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if not indices_TM.is_cuda:
+            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
+            return
+        # High priority: its few blocks get their turn among the thousands of the backward by token.
+        self._stream = _high_priority_stream(indices_TM.device)
+        self._stream.wait_stream(torch.cuda.current_stream(indices_TM.device))
+        with torch.cuda.stream(self._stream):
+            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
+        indices_TM.record_stream(self._stream)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sorted rows, entry numbers), valid on the current stream."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._result[0].device)
+            current.wait_stream(self._stream)
+            for tensor in self._result:
+                tensor.record_stream(current)
+        return self._result
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _high_priority_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device, priority=-1)
+    return _streams[device]
+
+
+def add_sorted(
+    sorting: Sorting,
+    backend: str,
+    M: int,
+    pre_values: tuple[Any, Any, Any],
+    values: tuple[Any, Any, Any],
+    core_width: int,
+    column_start: int,
+) -> None:
+    """Adds (gradient, input, d_dot) of the pre-values and (gradient, grad_out, weights) of the values; None: absent."""
+    sorted_rows, order = sorting.result()
+    if backend == "cuda":
+        from ultramem_kernels.lookup import cuda
+
+        cuda.add_segments_(
+            sorted_rows, order, M, None if pre_values[0] is None else pre_values, None if values[0] is None else values,
+            core_width, column_start,
+        )  # fmt: skip
+        return
+    from ultramem_kernels.lookup.segments_triton import add_segments_
+
+    if pre_values[0] is not None:
+        grad, x, d_dots = pre_values
+        add_segments_(grad, sorted_rows, order, d_dots.unsqueeze(-1), x, grad.shape[1])
+    if values[0] is not None:
+        grad, grad_out, weights = values
+        add_segments_(grad, sorted_rows, order, weights, grad_out, core_width, column_start)
+
+
+def add_by_reference(
+    indices_TM: torch.Tensor,
+    pre_values: tuple[Any, Any, Any],
+    values: tuple[Any, Any, Any],
+    core_width: int,
+    column_start: int,
+    row_start: int,
+    padding_index: int | None,
+) -> None:
+    """As `add_sorted`, by `reference.add_rows_`."""
+    for (grad, x, weights), width, start in ((pre_values, None, 0), (values, core_width, column_start)):
+        if grad is None:
+            continue
+        local_TM, exists_TM = reference.local_rows(indices_TM, grad.shape[0], row_start, padding_index)
+        weights_TMC = weights if weights.dim() == 3 else weights.unsqueeze(-1)
+        reference.add_rows_(grad, local_TM, exists_TM, weights_TMC, x, width or grad.shape[1], start)
