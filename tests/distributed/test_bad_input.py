@@ -231,7 +231,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_one_clear_error(
     pool: WorkerPool, settings: list[str], run_dir: Path, tmp_path: Path, name: str, ranks: int

@@ -204,7 +204,7 @@ def _edit_config(folder: Path, copy: Path, section: str, **changes: object) -> P
     ],
     ids=["left_over", "missing", "shape"],
 )
-@pytest.mark.parametrize("layout", ["one", "pp2"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "pp2"])
 def test_tensors_that_do_not_fit_are_named(
     pool: WorkerPool, settings: list[str], saved, tmp_path: Path, layout: str, change: dict, message: str
 ) -> None:
@@ -235,8 +235,10 @@ def test_another_form_of_optimizer_state_is_refused(pool: WorkerPool, settings: 
     assert pool.run(1, error_of_training, [*settings, *other, "checkpoint.load_optimizer=false"], 1) == [("", "", True)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("mode", "ranks"),
+    [("async", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("async", 1), ("sync", 1), ("sync", 2)))],
+)
 def test_a_failed_write_is_reported_and_loses_nothing(
     pool: WorkerPool, settings: list[str], tmp_path: Path, mode: str, ranks: int
 ) -> None:

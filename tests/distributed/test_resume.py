@@ -42,8 +42,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
         2,
         [PP2, "model.num_layers=8", "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true"],
     ),
-    "ramp_up": (2, ["train.rampup_batch_size=[4,2,12]"]),
-    "async": (2, ["checkpoint.async_save=true"]),
+    "ramp_up": (1, ["train.rampup_batch_size=[4,2,12]"]),
+    "async_ramp_up": (2, ["checkpoint.async_save=true", "train.rampup_batch_size=[4,2,12]"]),
     "bf16": (2, ["train.precision=bf16"]),
     "bf16_plain_optimizer": (1, ["train.precision=bf16", PLAIN]),
     "workers": (1, ["data.num_workers=1"]),
@@ -66,7 +66,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }
-FAST = {"dp2", "pp2", "tp2", "ramp_up", "async"}
+FAST = {"pp2", "tp2", "async_ramp_up"}
 
 
 @pytest.mark.parametrize(
