@@ -58,6 +58,7 @@ def inference_config(folder: Path, overrides: Sequence[str], world_size: int, de
         ),
         # Documents are masked off from each other in training batches; a prompt is one document.
         data=replace(saved.data, mask_document_boundaries=False),
+        checkpoint=replace(saved.checkpoint, load_optimizer=False),
         train=replace(saved.train, device=device, recompute="none", micro_batch_size=1, rampup_batch_size=[]),
     )
     validate(config, training=False)

@@ -249,7 +249,10 @@ def load_weights(folder: Path, record: folders.Record, model: list[GPTModel]) ->
 
 def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
-        chunk.load_state_dict(loaded[f"model{number}"], strict=True)
+        misfits = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        keys = [key for key in misfits.missing_keys + misfits.unexpected_keys if not contents.is_extra_state(key)]
+        if keys:  # load_sharded has compared the names that are saved; these are torch's
+            raise CheckpointError(f"model chunk {number} and the checkpoint do not fit: {', '.join(keys[:8])}")
 
 
 def _shuffles(model: list[GPTModel]) -> dict[str, str]:

@@ -207,13 +207,21 @@ def load_sharded(state: dict[str, Any], folder: Path, *, ignore: tuple[str, ...]
         loaded, left_over, missing = dist_checkpointing.load(
             state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
         )
-        failure = _misfits({key for key in left_over if not key.startswith(ignore)}, missing)
+        failure = _misfits(
+            {key for key in left_over if not key.startswith(ignore) and not is_extra_state(key)},
+            {key for key in missing if not is_extra_state(key)},
+        )
         if failure:
             failure = f"checkpoint {folder} does not fit this run: {failure}"
     except (Exception, CheckpointException) as error:  # a damaged file can make unpickling raise anything
         failure = f"checkpoint {folder} cannot be loaded: {reason(error)}; legal: another one as checkpoint.load"
     raise_alike(failure)
     return loaded
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether a name is Transformer Engine's state of a module (FP8 scales), which local modules do not have."""
+    return "_extra_state" in key
 
 
 def _misfits(left_over: set[str], missing: set[str]) -> str:

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.gpu
 WIDE = ["model.hidden_size=128", "model.head_dim=64", "model.num_attention_heads=2", "model.ffn_hidden_size=256",
         "model.num_query_groups=2", "data.mask_document_boundaries=false"]  # fmt: skip
 PROMPTS = ["the cat", "a", "", "she sells sea shells. she s"]
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # of the largest logit
+# Of the largest logit. Transformer Engine multiplies fp32 matrices in TF32, of 10 bits.
+TOLERANCE = {("local", "fp32"): 1e-4, ("transformer_engine", "fp32"): 2e-3}
+BF16_TOLERANCE = 0.05
 
 
 def generate_job(folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -59,7 +61,10 @@ def test_cached_and_uncached_logits_agree(gpus: WorkerPool, folder: Path, backen
     (result,) = gpus.run(1, generate_job, folder, [f"model.backend={backend}", f"train.precision={precision}"])
     assert result["device"].startswith("cuda")
     scale = np.abs(result["uncached"]).max()
-    assert np.abs(result["cached"] - result["uncached"]).max() < TOLERANCE[precision] * scale
+    assert (
+        np.abs(result["cached"] - result["uncached"]).max()
+        < TOLERANCE.get((backend, precision), BF16_TOLERANCE) * scale
+    )
 
 
 def test_both_back_ends_write_the_same(gpus: WorkerPool, folder: Path) -> None:
