@@ -475,19 +475,27 @@ def main() -> None:
             results.add("227m", "copy_gb_s", ceilings.copy_gb_s, "GB/s")
             bench_lookup(results, ceilings, "227m", shape, uniform_rows, tables, not args.quick)
             bench_layer(results, ceilings, "227m", shape, tables, not args.quick)
+            write(results, args)
         if "227m_zipf" in cases:
             bench_lookup(results, ceilings, "227m_zipf", shape, zipf_rows, tables, False)
         if "decode" in cases:
             bench_decode(results, shape, tables)
+            write(results, args)
         del tables
     if "120b" in cases:
         shape = SHAPES["120b"]
         tables = make_tables(shape.rows, shape.value_dim, shape.pre_value_dim, True)
         bench_lookup(results, ceilings, "120b", shape, uniform_rows, tables, False)
         bench_layer(results, ceilings, "120b", shape, tables, False)
+        write(results, args)
         del tables
     if "sweep" in cases:
         bench_sweep(results, ceilings, args.quick)
+    write(results, args)
+
+
+def write(results: Results, args: argparse.Namespace) -> None:
+    """Writes what has been measured so far: a run that is cut short leaves its finished cases."""
     report = {
         "benchmark": "kernels", "hardware": torch.cuda.get_device_name(), "versions": versions(),
         "commit": args.commit or commit(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -87,7 +87,9 @@ def measure(config: Config, case: str, steps: int) -> list[Row]:
     tokens = config.train.global_batch_size * config.data.sequence_length
     step_seconds = _median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
     peak = torch.cuda.max_memory_allocated() / 2**30 if run.platform.is_cuda else 0.0
-    forward_backward_seconds = _median_seconds(run, lambda: _forward_backward(run), MEASURED_STEPS)
+    forward_backward_seconds = _median_seconds(
+        run, lambda: _forward_backward(run, MICRO_BATCHES // _data_parallel_size()), MEASURED_STEPS
+    )
     flops = _flops_per_token(run)
     ranks = torch.distributed.get_world_size()
     rows = [
@@ -101,13 +103,14 @@ def measure(config: Config, case: str, steps: int) -> list[Row]:
         Row(case, "grad_norm_last", norms[-1], ""),
     ]  # fmt: skip
     if run.platform.is_cuda:
-        rows.append(Row(case, "gpu_busy_ms", _gpu_busy_ms(run) / MICRO_BATCHES, "ms per micro-batch"))
+        rows.append(Row(case, "gpu_busy_ms", _gpu_busy_ms(run), "ms per micro-batch"))
     is_main = run.is_main
     destroy_distributed()
     return rows if is_main else []
 
 
-def _forward_backward(run) -> None:
+def _forward_backward(run, count: int) -> None:
+    """Over `count` micro-batches on every rank, gradient reduction included."""
     from megatron_ultramem.training.loop import micro_batches
     from megatron_ultramem.training.memory_hooks import begin_step
     from megatron_ultramem.training.step import forward_backward
@@ -115,7 +118,6 @@ def _forward_backward(run) -> None:
     begin_step(run.memory_hooks)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
-    count = run.config.train.global_batch_size // run.config.train.micro_batch_size // _data_parallel_size()
     forward_backward(run.config, run.megatron_config, run.chunks, micro_batches(run.train_data, 0, count), count,
                      run.platform.device)  # fmt: skip
 
@@ -133,11 +135,11 @@ def _median_seconds(run, action: Callable[[], object], repeats: int) -> float:
 
 
 def _gpu_busy_ms(run) -> float:
-    """Time in which at least one kernel ran, over one global batch."""
+    """Time in which at least one kernel ran, over one micro-batch."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        _forward_backward(run)
+        _forward_backward(run, 1)
         _wait(run.platform.device)
     spans = sorted((event.time_range.start, event.time_range.end) for event in trace.events()
                    if event.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
