@@ -248,7 +248,8 @@ def test_a_failed_write_is_reported_and_loses_nothing(
     folder = tmp_path / "checkpoints"
     kind, text, alike = results[0]
     assert kind == "CheckpointError" and alike
-    assert f"checkpoint {folder / 'step_00000002'} cannot be written: " in text and "is the disk full?" in text
+    assert f"checkpoint {folder / 'step_00000002'} cannot be written: " in text
+    assert re.search(r"is the disk full\?|File too large", text)  # whichever of torch and the system meets it first
     assert f"last good checkpoint: {folder / 'step_00000001'}" in text
     assert all(result[0] == "CheckpointError" and result[2] for result in results)
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000001"]
