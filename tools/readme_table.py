@@ -15,9 +15,8 @@ SHOWN = {
         "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "gpu_busy_ms", "peak_gib", "loss_step_1", "loss_step_50",
     ],
     "kernels": [
-        "lookup_forward_ms", "lookup_backward_ms", "lookup_backward_deterministic_ms", "retrieval_forward_ms",
-        "layer_forward_ms", "layer_forward_backward_ms", "layer_forward_of_floor", "layer_forward_backward_of_floor",
-        "layer_t1_us", "layer_t64_us",
+        "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
+        "layer_forward_backward_ms", "layer_t1_us",
     ],
 }  # fmt: skip
 
@@ -54,7 +53,7 @@ def table(folder: Path) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 if __name__ == "__main__":
