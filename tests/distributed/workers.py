@@ -96,4 +96,19 @@ def _serve(pipe: Connection, rank: int) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         destroy_distributed()
+        _let_go_of_models()
         pipe.send(answer)
+
+
+def _let_go_of_models() -> None:
+    """Frees what a job built. Megatron's DDP, its gradient hooks and the optimizer hold each other through C++, where
+    Python's garbage collector does not see it; a model that stays alive keeps its process groups, and dozens of gloo
+    threads with them."""
+    import gc
+
+    from megatron.core.distributed import DistributedDataParallel
+
+    for ddp in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
+        ddp.grad_accs.clear()
+        ddp.config.grad_scale_func = ddp.config.no_sync_func = None  # methods of the optimizer and of the DDP
+    gc.collect()
