@@ -12,7 +12,8 @@ BEGIN, END = "<!-- results: written by tools/readme_table.py -->\n", "<!-- /resu
 # Benchmark, and the metrics that the table shows of it.
 SHOWN = {
     "training": [
-        "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "gpu_busy_ms", "peak_gib", "loss_step_1", "loss_step_50",
+        "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "gpu_busy_ms", "peak_gib",
+        "loss_step_1", "loss_step_50",
     ],
     "kernels": [
         "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
