@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     quiet_dependencies()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         if getattr(args, "ranks", None) and "RANK" not in os.environ:
             from megatron_ultramem.launch import launch
@@ -34,12 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}]"
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
     except RuntimeError as error:
         if not _lost_another_rank(error):
             raise
         reason = str(error).splitlines()[-1]
         print(f"rank {os.environ.get('RANK')} ended because another one did ({reason})", file=sys.stderr, flush=True)
         return 3
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Settings may stand before, between and after options, which argparse alone does not allow."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _lost_another_rank(error: RuntimeError) -> bool:

@@ -108,8 +108,8 @@ _PACKAGES = (
         "Triton",
         "triton",
         "triton",
-        "torch.compile and Megatron's fused element-wise kernels",
-        "fewer fused kernels on GPU",
+        "on a GPU: fused kernels of the memory layers (model.memory.kernels), torch.compile",
+        "memory layers run in plain PyTorch (model.memory.kernels=reference): slower on a GPU, same results",
     ),
     (
         "DeepSpeed",

@@ -18,6 +18,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     """
     if ranks < 1:
         raise ConfigError(f"--ranks {ranks}: legal: at least 1")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -41,4 +42,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             print(f"error: rank {rank} was ended by signal {failure.signal_name()}", file=sys.stderr, flush=True)
             return 128 - failure.exitcode
         return failure.exitcode or 1
+    except SignalException as error:  # the agent has ended the ranks
+        print(f"ended by {error.sigval.name}", file=sys.stderr, flush=True)
+        return 128 + error.sigval
     return 0

@@ -16,6 +16,7 @@ import torch
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.memory.geometry import parse_layers
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,15 @@ def resolve_backend(config: Config, platform: Platform) -> str:
         raise ConfigError(
             f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "
             "Engine, which was not found; legal here: 1"
+        )
+    moe = config.model.moe
+    if (
+        moe.grouped_gemm
+        and backend == "local"
+        and parse_layers(moe.layers, config.model.num_layers, "model.moe.layers")
+    ):
+        raise ConfigError(
+            "model.moe.grouped_gemm = true needs Transformer Engine, but the back end here is local; legal: false, null"
         )
     return backend
 

@@ -97,7 +97,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):  # YAML 1.1 reads 4e-4 as a string; a user means a number
+    if _is_text(key):  # YAML takes 2024_01_01 for a number, off for false and [^a]+ for a list
+        value = value if value is None or isinstance(value, str) else text
+    elif isinstance(value, str):  # YAML 1.1 reads 4e-4 as a string; a user means a number
         try:
             value = float(value) if any(c in value for c in "eE") else value
         except ValueError:
@@ -110,6 +112,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {section} is a setting, not a section")
         node = child
     node[leaf] = value
+
+
+def _is_text(key: str) -> bool:
+    return any(name == key and str(field.type) in ("str", "Optional[str]") for name, _, field in walk(Config()))
 
 
 def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:

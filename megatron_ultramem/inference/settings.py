@@ -10,6 +10,7 @@ from megatron_ultramem.config.load import load_config
 from megatron_ultramem.config.schema import Config, ParallelConfig
 from megatron_ultramem.config.validate import validate
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.training.checkpoint_folder import read_config
 
 USED = (
     "data.tokenizer",
@@ -35,10 +36,12 @@ def inference_config(folder: Path, overrides: Sequence[str], world_size: int, de
     while training would sum their gradients too often, and is refused.
 
     Raises:
+        CheckpointError: the checkpoint's settings cannot be read.
         ConfigError: an override is not used in generation, or the layout does not fit the model or the ranks.
     """
     for override in overrides:
         _check_used(override.partition("=")[0])
+    read_config(folder)  # so that what is wrong with the file is told from what is wrong with the overrides
     saved = load_config(folder / "config.yaml", overrides, check=False)
     named = {override.partition("=")[0] for override in overrides}
     tensor_parallel = world_size

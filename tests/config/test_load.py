@@ -9,6 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from megatron_ultramem.cli import main
 from megatron_ultramem.config import Config, config_from_dict, load_config, save_config
 from megatron_ultramem.config.describe import print_config
 from megatron_ultramem.config.load import walk
@@ -44,6 +45,17 @@ def test_numbers_that_yaml_takes_for_strings_are_numbers(text: str, tmp_path: Pa
         == load_config(None, [f"optimizer.lr={text}"]).optimizer.lr
         == 4e-4
     )
+
+
+def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "train.steps=500", "--config", str(EXAMPLES[0]), "train.seed=7"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["train"]
+    assert (printed["steps"], printed["seed"]) == (500, 7)
+
+
+@pytest.mark.parametrize("text", ["2024_01_01", "off", "1e3", "[^a]+", "0x10", "a: b"])
+def test_a_text_setting_takes_an_override_word_for_word(text: str) -> None:
+    assert load_config(None, [f"data.tokenizer.eod_token={text}"]).data.tokenizer.eod_token == text
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.validate import stage_of_layer, validate_world
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.platform import Platform, resolve_backend
 
 TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
 DENSE = "model.memory.layers=none"
@@ -75,6 +77,12 @@ def test_a_layout_that_does_not_fit_the_ranks_is_refused(overrides: list[str], r
         validate_world(config, ranks)
     for part in named:
         assert part in str(error.value), str(error.value)
+
+
+def test_grouped_gemm_is_refused_without_transformer_engine() -> None:
+    config = load_config(None, ["model.moe.layers=0", "model.moe.grouped_gemm=true"])
+    with pytest.raises(ConfigError, match="model.moe.grouped_gemm = true.*legal: false, null"):
+        resolve_backend(config, Platform(torch.device("cpu"), "gloo"))
 
 
 def test_data_parallelism_takes_the_ranks_that_are_left() -> None:
