@@ -115,10 +115,3 @@ def set_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
     # Filling fresh memory costs bandwidth and hides nothing here: every kernel writes its whole output.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def host_memory_gib() -> float:
-    """Resident memory of this process in GiB."""
-    import psutil
-
-    return float(psutil.Process().memory_info().rss) / 2**30

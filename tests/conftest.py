@@ -12,6 +12,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in selected or "not gpu" in selected:
         # Before torch looks: process groups of four ranks must not depend on how many GPUs there are.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # Before anything imports Triton, whose own functions are compiled or interpreted once and for all.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

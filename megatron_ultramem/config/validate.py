@@ -223,9 +223,10 @@ def _validate_rest(config: Config) -> None:
         raise ConfigError(
             f"schedule.warmup_steps = {s.warmup_steps}: legal: fewer than the {decay_steps} steps of the schedule"
         )
-    if s.kind == "wsd" and (s.wsd_decay_steps or 1) > decay_steps - s.warmup_steps:
+    wsd_decay_steps = s.wsd_decay_steps or max(1, decay_steps // 10)
+    if s.kind == "wsd" and wsd_decay_steps > decay_steps - s.warmup_steps:
         raise ConfigError(
-            f"schedule.wsd_decay_steps = {s.wsd_decay_steps}: legal: at most the "
+            f"schedule.wsd_decay_steps = {s.wsd_decay_steps} ({wsd_decay_steps} steps): legal: at most the "
             f"{decay_steps - s.warmup_steps} steps after the warm-up"
         )
     per_split = d.train_paths or d.valid_paths or d.test_paths

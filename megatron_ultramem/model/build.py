@@ -107,7 +107,7 @@ def _build_chunk(
         post_process=home == (p.pipeline_parallel_size - 1, p.virtual_pipeline_stages - 1),
         share_embeddings_and_output_weights=m.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(m.rope_base),
+        rotary_base=m.rope_base,
         vp_stage=vp_stage,
     )
     if tables:

@@ -52,6 +52,8 @@ def _train(run: Run) -> None:
     probe = MemoryHealthProbe(run.model)
     with progress, closing(logger):
         progress.message(_opening(run))
+        if position.step >= last_step:
+            progress.message(f"nothing left to do: train.steps = {config.train.steps}")
         while position.step < last_step:
             step = position.step + 1
             log_due = _due(step, config.logging.interval, last_step)

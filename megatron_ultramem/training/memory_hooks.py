@@ -25,8 +25,9 @@ class MemoryHooks:
     def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel) -> None:
         self.ddp = ddp
         self.layers = memory_layers([chunk])
+        self.pools = value_pools([chunk])
         self._stale: set[int] = set()
-        for pool in value_pools([chunk]):
+        for pool in self.pools:
             pool.grad_ready = self._grad_ready
         for layer in self.layers:
             layer.register_forward_pre_hook(self._before_forward)
@@ -37,6 +38,8 @@ class MemoryHooks:
         While parameters are still being gathered a layer does so when it is first called, not to wait for all of them
         here.
         """
+        for pool in self.pools:
+            pool.reset_grad_count()  # of a step that an error ended
         if self.ddp.ddp_config.overlap_param_gather:
             self._stale = {layer.layer for layer in self.layers}
         else:

@@ -54,9 +54,11 @@ def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()
-    yield
-    for chunk in overlapped:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(

@@ -35,6 +35,10 @@ DENSE = "model.memory.layers=none"
         (["train.rampup_batch_size=[1,2]"], ["train.rampup_batch_size = [1, 2]", "start, increment, samples"]),
         (["schedule.warmup_steps=1000"], ["schedule.warmup_steps = 1000", "1000 steps"]),
         (["schedule.kind=wsd", "schedule.wsd_decay_steps=2000"], ["schedule.wsd_decay_steps = 2000", "at most"]),
+        (
+            ["schedule.kind=wsd", "schedule.warmup_steps=950"],
+            ["schedule.wsd_decay_steps = None (100 steps)", "50 steps"],
+        ),
         (["data.paths=[a]", "data.valid_paths=[b]"], ["data.paths", "data.train_paths", "one of the two"]),
         (["data.paths=[a]", "data.weights=[1,2]"], ["data.weights", "2 entries", "data.paths"]),
         (["data.paths=[a]", "data.weights=[-1]"], ["data.weights", "positive"]),

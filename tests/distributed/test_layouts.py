@@ -33,6 +33,8 @@ LAYOUTS = {
     "recompute_full": (1, ["train.recompute=full"]),
     "recompute_selective": (1, ["train.recompute=selective"]),
     "recompute_memory": (1, ["model.memory.recompute=true"]),
+    "ep2": (2, ["parallel.expert_parallel_size=2"]),
+    "ep2_tp2": (2, ["parallel.expert_parallel_size=2", TP2]),
     "micro_batch_2": (1, ["train.micro_batch_size=2"]),
 }
 
@@ -52,6 +54,14 @@ MODELS = {
         "data.reset_position_ids=true",
         "data.mask_eod_loss=true",
     ],
+    "moe": [
+        "model.memory.layers=none",
+        "model.moe.layers=1-3",
+        "model.moe.num_experts=4",
+        "model.moe.top_k=2",
+        "model.moe.ffn_hidden_size=32",
+        "model.moe.aux_loss_coeff=0",
+    ],
     "moe_memory_dense": [
         "model.memory.layers=1-2",
         "model.memory.sharing=none",
@@ -62,12 +72,12 @@ MODELS = {
         "model.moe.aux_loss_coeff=0",
     ],
 }
-CASES = [("deep_block" if layout == "pp2_interleaved" else "block", layout) for layout in LAYOUTS]
+CASES = [
+    ("deep_block" if layout == "pp2_interleaved" else "block", layout) for layout in LAYOUTS if "ep2" not in layout
+]
 CASES += [("ring_with_losses_and_masks", layout) for layout in ("tp2", "dp2", "recompute_full", "recompute_memory")]
 CASES += [("moe_memory_dense", layout) for layout in ("tp2", "pp2", "dp2", "tp2_plain_optimizer")]
-FAST = {
-    ("block", name) for name in ("tp2", "pp2", "dp2", "dp2_plain_optimizer", "dp2_overlap", "tp2_pp2", "recompute_full")
-} | {("moe_memory_dense", "tp2"), ("deep_block", "pp2_interleaved"), ("ring_with_losses_and_masks", "tp2")}
+CASES += [("moe", layout) for layout in ("ep2", "ep2_tp2", "tp2")]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +94,7 @@ def one_rank(pool: WorkerPool, small_run: list[str]) -> dict[str, dict]:
     return reference
 
 
-@pytest.mark.parametrize(
-    ("model", "layout"),
-    [pytest.param(*case, id="-".join(case), marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize(("model", "layout"), [pytest.param(*case, id="-".join(case)) for case in CASES])
 def test_training_equals_one_rank(
     pool: WorkerPool, small_run: list[str], one_rank, tmp_path: Path, model: str, layout: str
 ) -> None:
