@@ -1,6 +1,6 @@
 """Benchmark of `ultramem_kernels` on one GPU: times, floors counted from bytes and FLOPs, and a correctness gate.
 
-    python tools/bench_kernels.py [--out benchmarks/results/kernels_h100.json] [--cases 227m,decode] [--quick]
+    python tools/bench_kernels.py [--cases 227m,decode] [--quick]
 
 Every timing is the median over replays of a CUDA graph that holds several calls on different indices, so it contains
 neither launch gaps nor a warm cache (a case's rows are many times the L2 cache). A shape whose result is wrong is not
@@ -13,26 +13,20 @@ measured copy bandwidth, or FLOPs over the measured rate of a large bf16 matrix 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from ultramem_kernels import lookup, retrieve, rms_norm_swapped
+from ultramem_kernels.lookup import reference as lookup_reference
+from ultramem_kernels.retrieval import reference as retrieval_reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))  # runs from a checkout, installed or not
+from megatron_ultramem.results import Row, write_results
 
-from ultramem_kernels import lookup, retrieve, rms_norm_swapped  # noqa: E402
-from ultramem_kernels.lookup import reference as lookup_reference  # noqa: E402
-from ultramem_kernels.retrieval import reference as retrieval_reference  # noqa: E402
-
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 DTYPE = torch.bfloat16
 SETS = 4  # index sets that a timing rotates through
 
@@ -70,10 +64,10 @@ class Results:
     """Rows of the result file, printed as they come."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, object]] = []
+        self.rows: list[Row] = []
 
     def add(self, case: str, metric: str, value: float, unit: str) -> None:
-        self.rows.append({"case": case, "metric": metric, "value": round(value, 5), "unit": unit})
+        self.rows.append(Row(case, metric, round(value, 5), unit))
         print(f"{case:34s} {metric:42s} {value:12.4f} {unit}", flush=True)
 
 
@@ -440,28 +434,11 @@ def bench_sweep(results: Results, ceilings: Ceilings, quick: bool) -> None:
         del tables
 
 
-def versions() -> dict[str, str]:
-    import triton
-
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda),
-        "triton": triton.__version__,
-    }  # fmt: skip
-
-
-def commit() -> str:
-    """The checkout's commit, or 'unknown' outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/kernels_<gpu>.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file kernels_<gpu>.json")
     parser.add_argument("--cases", default="227m,227m_zipf,decode,120b,sweep", help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="two sweep shapes, no comparisons")
-    parser.add_argument("--commit", help="commit to record where git cannot tell")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU found")
@@ -475,37 +452,23 @@ def main() -> None:
             results.add("227m", "copy_gb_s", ceilings.copy_gb_s, "GB/s")
             bench_lookup(results, ceilings, "227m", shape, uniform_rows, tables, not args.quick)
             bench_layer(results, ceilings, "227m", shape, tables, not args.quick)
-            write(results, args)
+            write_results(args.out, "kernels", results.rows)
         if "227m_zipf" in cases:
             bench_lookup(results, ceilings, "227m_zipf", shape, zipf_rows, tables, False)
         if "decode" in cases:
             bench_decode(results, shape, tables)
-            write(results, args)
+            write_results(args.out, "kernels", results.rows)
         del tables
     if "120b" in cases:
         shape = SHAPES["120b"]
         tables = make_tables(shape.rows, shape.value_dim, shape.pre_value_dim, True)
         bench_lookup(results, ceilings, "120b", shape, uniform_rows, tables, False)
         bench_layer(results, ceilings, "120b", shape, tables, False)
-        write(results, args)
+        write_results(args.out, "kernels", results.rows)
         del tables
     if "sweep" in cases:
         bench_sweep(results, ceilings, args.quick)
-    write(results, args)
-
-
-def write(results: Results, args: argparse.Namespace) -> None:
-    """Writes what has been measured so far: a run that is cut short leaves its finished cases."""
-    report = {
-        "benchmark": "kernels", "hardware": torch.cuda.get_device_name(), "versions": versions(),
-        "commit": args.commit or commit(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]), "rows": results.rows,
-    }  # fmt: skip
-    model = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
-    results_folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-    out = args.out or results_folder / f"kernels_{model}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(args.out, "kernels", results.rows)
 
 
 if __name__ == "__main__":
