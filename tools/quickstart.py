@@ -17,14 +17,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ultramem.config import load_config
+from megatron_ultramem.config import Config, load_config
 from megatron_ultramem.platform import prepare
+from megatron_ultramem.quiet import quiet_dependencies
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("examples/configs/quickstart.yaml")
 
 
 def main() -> int:
+    quiet_dependencies()
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
     overrides = sys.argv[1:]
@@ -64,7 +66,7 @@ def main() -> int:
     return 0
 
 
-def _baselines(config) -> dict[str, float]:
+def _baselines(config: Config) -> dict[str, float]:
     """Losses of unigram and bigram counts on the same split."""
     prepare(config.train.device)
     from megatron_ultramem.training.ngram import unigram_bigram_baselines
