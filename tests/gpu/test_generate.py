@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 WIDE = ["model.hidden_size=128", "model.head_dim=64", "model.num_attention_heads=2", "model.ffn_hidden_size=256",
         "model.num_query_groups=2", "data.mask_document_boundaries=false"]  # fmt: skip
 PROMPTS = ["the cat", "a", "", "she sells sea shells. she s"]
-# Of the largest logit. Transformer Engine multiplies fp32 matrices in TF32, of 10 bits.
+# Of the largest logit. Where TF32 cannot be switched off, Transformer Engine multiplies fp32 matrices in 10 bits.
 TOLERANCE = {("local", "fp32"): 1e-4, ("transformer_engine", "fp32"): 2e-3}
 BF16_TOLERANCE = 0.05
 
