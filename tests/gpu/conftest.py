@@ -1,4 +1,4 @@
-"""GPU tests compare fp32 runs, so matrices must be multiplied in fp32: Transformer Engine would take TF32, of 10 bits."""
+"""GPU tests compare fp32 runs, so matrices are multiplied in fp32: Transformer Engine would take TF32, of 10 bits."""
 
 from __future__ import annotations
 
