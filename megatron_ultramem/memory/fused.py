@@ -34,12 +34,12 @@ class FusedLookup:
             pre_input_TD.to(values.dtype).contiguous(),
             values,
             pre_values,
-            activation,
-            values.shape[1] // scores_TMC.shape[2],
-            0,
-            0,
-            PADDING if padded else None,
-            None,
+            activation=activation,
+            core_width=values.shape[1] // scores_TMC.shape[2],
+            column_start=0,
+            row_start=0,
+            padding_index=PADDING if padded else None,
+            backend=None,
         )
         return pooled_TV.to(pre_input_TD.dtype)
 
@@ -62,16 +62,16 @@ class FusedLookup:
             pre_input_TD.to(values.dtype).contiguous(),
             values,
             pre_values,
-            grad_pooled_TV.to(values.dtype).contiguous(),
-            values_grad,
-            pre_values_grad,
-            activation,
-            values.shape[1] // scores_TMC.shape[2],
-            0,
-            0,
-            PADDING if padded else None,
-            torch.are_deterministic_algorithms_enabled(),
-            None,
+            grad=grad_pooled_TV.to(values.dtype).contiguous(),
+            grad_values=values_grad,
+            grad_pre_values=pre_values_grad,
+            activation=activation,
+            core_width=values.shape[1] // scores_TMC.shape[2],
+            column_start=0,
+            row_start=0,
+            padding_index=PADDING if padded else None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            backend=None,
         )
         return grad_scores, grad_pre_input.to(pre_input_TD.dtype)
 
@@ -81,7 +81,17 @@ class FusedLookup:
         pre_input_TD = pre_input_TD.to(pre_values.dtype).contiguous()
         padding = PADDING if padded else None
         return run_lookup_forward(
-            indices_TM.contiguous(), None, pre_input_TD, None, pre_values, "none", 1, 0, 0, padding, None
+            indices_TM.contiguous(),
+            None,
+            pre_input_TD,
+            None,
+            pre_values,
+            activation="none",
+            core_width=1,
+            column_start=0,
+            row_start=0,
+            padding_index=padding,
+            backend=None,
         )
 
     def dots_backward(
@@ -99,16 +109,16 @@ class FusedLookup:
             pre_input_TD.to(pre_values.dtype).contiguous(),
             None,
             pre_values,
-            grad_dots_TM.contiguous(),
-            None,
-            pre_values_grad,
-            "none",
-            1,
-            0,
-            0,
-            PADDING if padded else None,
-            torch.are_deterministic_algorithms_enabled(),
-            None,
+            grad=grad_dots_TM.contiguous(),
+            grad_values=None,
+            grad_pre_values=pre_values_grad,
+            activation="none",
+            core_width=1,
+            column_start=0,
+            row_start=0,
+            padding_index=PADDING if padded else None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            backend=None,
         )
         return grad_pre_input.to(pre_input_TD.dtype)
 
@@ -127,12 +137,12 @@ class FusedLookup:
             None,
             values,
             None,
-            "none",
-            core_width,
-            column_start,
-            0,
-            PADDING if padded else None,
-            None,
+            activation="none",
+            core_width=core_width,
+            column_start=column_start,
+            row_start=0,
+            padding_index=PADDING if padded else None,
+            backend=None,
         )
 
     def weighted_sum_backward(
@@ -152,16 +162,16 @@ class FusedLookup:
             None,
             values,
             None,
-            grad_pooled_TV.to(values.dtype).contiguous(),
-            values_grad,
-            None,
-            "none",
-            core_width,
-            column_start,
-            0,
-            PADDING if padded else None,
-            torch.are_deterministic_algorithms_enabled(),
-            None,
+            grad=grad_pooled_TV.to(values.dtype).contiguous(),
+            grad_values=values_grad,
+            grad_pre_values=None,
+            activation="none",
+            core_width=core_width,
+            column_start=column_start,
+            row_start=0,
+            padding_index=PADDING if padded else None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            backend=None,
         )
         return grad_weights
 
