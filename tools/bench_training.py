@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,6 +70,7 @@ def measure(config: Config, case: str, steps: int) -> list[Row]:
     """Rows of one recipe, trained for `steps` steps; empty on all ranks but the first."""
     from megatron_ultramem.training.distributed import destroy_distributed
     from megatron_ultramem.training.loop import train_step
+    from megatron_ultramem.training.measure import covered_ms, forward_backward_only, median_seconds, trace
     from megatron_ultramem.training.setup import set_batch_size, set_up
 
     run = set_up(config)
@@ -85,10 +84,10 @@ def measure(config: Config, case: str, steps: int) -> list[Row]:
     config.train.global_batch_size = config.train.micro_batch_size * MICRO_BATCHES
     set_batch_size(config, run.position.consumed_samples)
     tokens = config.train.global_batch_size * config.data.sequence_length
-    step_seconds = _median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
+    step_seconds = median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
     peak = torch.cuda.max_memory_allocated() / 2**30 if run.platform.is_cuda else 0.0
-    forward_backward_seconds = _median_seconds(
-        run, lambda: _forward_backward(run, MICRO_BATCHES // _data_parallel_size()), MEASURED_STEPS
+    forward_backward_seconds = median_seconds(
+        run, lambda: forward_backward_only(run, MICRO_BATCHES // _data_parallel_size()), MEASURED_STEPS
     )
     flops = _flops_per_token(run)
     ranks = torch.distributed.get_world_size()
@@ -103,51 +102,11 @@ def measure(config: Config, case: str, steps: int) -> list[Row]:
         Row(case, "grad_norm_last", norms[-1], ""),
     ]  # fmt: skip
     if run.platform.is_cuda:
-        rows.append(Row(case, "gpu_busy_ms", _gpu_busy_ms(run), "ms per micro-batch"))
+        busy = covered_ms(trace(run, lambda: forward_backward_only(run, 1)))
+        rows.append(Row(case, "gpu_busy_ms", busy, "ms per micro-batch"))
     is_main = run.is_main
     destroy_distributed()
     return rows if is_main else []
-
-
-def _forward_backward(run, count: int) -> None:
-    """Over `count` micro-batches on every rank, gradient reduction included."""
-    from megatron_ultramem.training.loop import micro_batches
-    from megatron_ultramem.training.memory_hooks import begin_step
-    from megatron_ultramem.training.step import forward_backward
-
-    begin_step(run.memory_hooks)
-    for chunk in run.chunks:
-        chunk.zero_grad_buffer()
-    forward_backward(run.config, run.megatron_config, run.chunks, micro_batches(run.train_data, 0, count), count,
-                     run.platform.device)  # fmt: skip
-
-
-def _median_seconds(run, action: Callable[[], object], repeats: int) -> float:
-    """Median seconds of an action, waiting for the device."""
-    seconds = []
-    for _ in range(repeats):
-        _wait(run.platform.device)
-        began = time.perf_counter()
-        action()
-        _wait(run.platform.device)
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[repeats // 2]
-
-
-def _gpu_busy_ms(run) -> float:
-    """Time in which at least one kernel ran, over one micro-batch."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        _forward_backward(run, 1)
-        _wait(run.platform.device)
-    spans = sorted((event.time_range.start, event.time_range.end) for event in trace.events()
-                   if event.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
-    busy, reached = 0.0, float("-inf")
-    for begin, end in spans:
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return busy / 1e3
 
 
 def _flops_per_token(run) -> float:
@@ -161,11 +120,6 @@ def _data_parallel_size() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_world_size())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
     alone: dict[str, Any] = (
         {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     )
-    torch.distributed.init_process_group(
-        platform.backend, timeout=timeout, device_id=platform.device if platform.is_cuda else None, **alone
-    )
+    # Without device_id: torch would then create a communicator for every one of Megatron's groups, used or not.
+    torch.distributed.init_process_group(platform.backend, timeout=timeout, **alone)
     check_same_config(config)
     initialize_model_parallel(config)
 

@@ -5,6 +5,7 @@ The tables, indices and other inputs of all ranks follow from one seed, so that 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,27 +67,42 @@ class Case:
 def exchange_job(case: Case) -> dict[str, Any]:
     """Pooled values and gradients on this rank, its shards, and the bytes that came in."""
     dist.init_process_group("gloo")
+    return exchange(case, torch.device("cpu"))
+
+
+def exchange_jobs_on_gpus(cases: list[Case]) -> list[dict[str, Any]]:
+    """The same through NCCL for many cases, one after the other, because its start takes seconds."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return [exchange(case, device) for case in cases]
+
+
+def exchange(case: Case, device: torch.device) -> dict[str, Any]:
+    """One case on this rank; everything that it returns is on the CPU."""
     placement = place(case.placement, Capacity(case.capacity, max(case.tokens)) if case.capacity else None)
-    path = placement.path(case.config, case.pool, torch.device("cpu"))
+    path = placement.path(case.config, case.pool, device)
     tables, shards = [], []
     for table in case.tables():
         shard = placement.shard(case.pool, table.shape[1])
         columns = slice(shard.column_start, shard.column_start + shard.columns)
         local = torch.cat([table[start : start + shard.block_rows, columns] for _, (start, _) in shard.pieces()])
-        tables.append(torch.nn.Parameter(local))
-        tables[-1].main_grad = torch.zeros(local.shape, dtype=torch.promote_types(case.dtype, torch.float32))
+        tables.append(torch.nn.Parameter(local.to(device)))
+        main_grad_dtype = torch.promote_types(case.dtype, torch.float32)
+        tables[-1].main_grad = torch.zeros(local.shape, dtype=main_grad_dtype, device=device)
         shards.append(shard)
-    indices, scores, pre_input, grad = case.inputs(dist.get_rank())
+    indices, scores, pre_input, grad = (x.to(device) for x in case.inputs(dist.get_rank()))
     scores.requires_grad_()
     pre_input.requires_grad_()
     pooled = run_lookup(path, indices, scores, pre_input, *tables)
     forward = dict(placement.traffic.received)
     pooled.backward(grad)
+    assert scores.grad is not None and pre_input.grad is not None
     return {
-        "pooled": pooled.detach(),
-        "scores": scores.grad,
-        "pre_input": pre_input.grad,
-        "tables": [table.main_grad for table in tables],
+        "pooled": pooled.detach().cpu(),
+        "scores": scores.grad.cpu(),
+        "pre_input": pre_input.grad.cpu(),
+        "tables": [table.main_grad.cpu() for table in tables],
         "shards": shards,
         "bytes": (forward["forward"], placement.traffic.received["backward"]),
         "untouched": forward["backward"] == 0 and placement.traffic.received["forward"] == forward["forward"],

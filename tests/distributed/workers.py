@@ -97,6 +97,7 @@ def _serve(pipe: Connection, rank: int) -> None:
             answer = (False, traceback.format_exc())
         destroy_distributed()
         _let_go_of_models()
+        torch.use_deterministic_algorithms(False)
         pipe.send(answer)
 
 

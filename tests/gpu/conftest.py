@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-# Read by cuBLAS when a process starts to use it; the ranks of a test inherit it.
+import pytest
+import torch
+
+from tests.distributed.workers import WorkerPool
+
+# Read by cuBLAS when a process starts to use it; the ranks of a test inherit them.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(scope="session")
+def gpus() -> Iterator[WorkerPool]:
+    """One process for each of two GPUs, or for the only one."""
+    workers = WorkerPool(min(2, torch.cuda.device_count()))
+    yield workers
+    workers.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,6 @@ def generate_job(folder: Path, overrides: list[str]) -> dict[str, Any]:
         "greedy": generator.generate(PROMPTS, Sampling(max_new_tokens=16, temperature=0)),
         "sampled": generator.generate(PROMPTS, Sampling(max_new_tokens=16, top_k=40, top_p=0.9, seed=3)),
     }
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[WorkerPool]:
-    workers = WorkerPool(min(2, torch.cuda.device_count()))
-    yield workers
-    workers.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ LOCAL = "model.backend=local"
 # Widths that flash attention takes.
 WIDE = ["model.hidden_size=128", "model.head_dim=64", "model.num_attention_heads=2", "model.ffn_hidden_size=256",
         "model.max_sequence_length=128", "data.sequence_length=128"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[WorkerPool]:
-    workers = WorkerPool(min(2, torch.cuda.device_count()))
-    yield workers
-    workers.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+"""What benchmarks measure of a training run: the time of an action, and what the GPU did meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ultramem.training.loop import micro_batches
+from megatron_ultramem.training.memory_hooks import begin_step
+from megatron_ultramem.training.setup import Run
+from megatron_ultramem.training.step import forward_backward
+
+
+@dataclass(frozen=True)
+class Span:
+    """One kernel or copy on the GPU; times in microseconds."""
+
+    name: str
+    stream: int
+    begin: float
+    end: float
+
+
+def forward_backward_only(run: Run, count: int) -> None:
+    """Over `count` micro-batches on every rank, gradient reduction included; nothing is updated."""
+    begin_step(run.memory_hooks)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    forward_backward(
+        run.config,
+        run.megatron_config,
+        run.chunks,
+        micro_batches(run.train_data, 0, count),
+        count,
+        run.platform.device,
+    )
+
+
+def median_seconds(run: Run, action: Callable[[], object], repeats: int) -> float:
+    """Median seconds of an action, waiting for the device."""
+    seconds = []
+    for _ in range(repeats):
+        wait(run.platform.device)
+        began = time.perf_counter()
+        action()
+        wait(run.platform.device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[repeats // 2]
+
+
+def trace(run: Run, action: Callable[[], object]) -> list[Span]:
+    """What ran on this rank's GPU during an action, in the order in which it began."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        action()
+        wait(run.platform.device)
+    spans = [
+        Span(event.name, event.device_resource_id, event.time_range.start, event.time_range.end)
+        for event in found.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return sorted(spans, key=lambda span: span.begin)
+
+
+def covered_ms(spans: Iterable[Span]) -> float:
+    """Milliseconds in which at least one of the spans, which come in the order of their begin, runs."""
+    covered, reached = 0.0, float("-inf")
+    for span in spans:
+        covered += max(0.0, span.end - max(span.begin, reached))
+        reached = max(reached, span.end)
+    return covered / 1e3
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,258 @@
+#!/usr/bin/env python3
+"""Measures a recipe with its value tables replicated, sharded by rows and sharded by columns.
+
+    python tools/bench_memory_parallel.py --config examples/configs/ultramemv2_227m_1b.yaml --ranks 2 \
+        data.paths='[data/corpus]'
+
+Every case is a run of its own on `--ranks` GPUs, all with one memory-parallel group. Rows of the results
+(benchmarks/results/memory_parallel_<hardware>.json), means over one rank's micro-batches where not said otherwise:
+  tokens_per_s                 forward and backward of 8 micro-batches on every rank, all ranks together
+  tokens_per_s_with_optimizer  whole steps of as many
+  step_cost_percent            step time over that of `replicated`, less 100 %
+  exchange_mb                  received in forward and backward, by the run-time counter
+  exchange_ms, exchange_gb_s   time of the all-to-all kernels (waiting for the other rank included), and the rate
+  exchange_hidden_percent      of that time in which another kernel ran
+  gpu_busy_ms, peak_gib        of rank 0
+The case `all_to_all_<size>` is the bare collective. `--traces FOLDER` keeps rank 0's kernels of a micro-batch and draws
+the timeline of a few milliseconds of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.errors import UserError
+from megatron_ultramem.quiet import quiet_dependencies
+from megatron_ultramem.results import Row, write_results
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+MICRO_BATCHES = 8  # of a rank, per measured step
+WARM_UP_STEPS, MEASURED_STEPS = 3, 3
+BESIDE_FFN = "parallel.overlap_exchange=true"
+CASES = {
+    "replicated": [],
+    "rows": ["rows"],
+    "rows_overlap": ["rows", BESIDE_FFN],
+    "rows_static_overlap": ["rows", BESIDE_FFN, "parallel.exchange_capacity=1.25"],
+    "columns": ["columns"],
+    "columns_overlap": ["columns", BESIDE_FFN],
+}
+
+
+def main() -> int:
+    args = _arguments()
+    quiet_dependencies()
+    if args.child is not None:
+        return _child(args)
+    rows: list[Row] = []
+    try:
+        load_config(args.config, args.overrides)
+        for case in args.cases.split(","):
+            rows += _in_processes(args, case)
+            if case != "replicated":
+                rows += _cost(rows, case)
+            _show([row for row in rows if row.case == case])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(write_results(args.output, "memory_parallel", rows))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs of this machine to use (default 2)")
+    parser.add_argument("--cases", default=",".join(["all_to_all", *CASES]), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
+    parser.add_argument("--traces", type=Path, help="folder for kernel traces and their pictures")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # a case, on one of the ranks
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
+    return parser.parse_args()
+
+
+def _in_processes(args: argparse.Namespace, case: str) -> list[Row]:
+    """The rows of a case, measured by ranks of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}",
+                   __file__, f"--config={args.config}", f"--child={case}", f"--output={found}"]  # fmt: skip
+        if args.traces:
+            command.append(f"--traces={args.traces}")
+        done = subprocess.run([*command, *args.overrides], env=os.environ | {"OMP_NUM_THREADS": "4"})
+        if done.returncode != 0:
+            raise UserError(f"case {case} ended with exit code {done.returncode}; its ranks have said why")
+        return [Row(**row) for row in json.loads(found.read_text())]
+
+
+def _child(args: argparse.Namespace) -> int:
+    try:
+        rows = bare_exchange() if args.child == "all_to_all" else measure(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if rows:
+        args.output.write_text(json.dumps([row.__dict__ for row in rows]))
+    return 0
+
+
+def bare_exchange() -> list[Row]:
+    """The rate of all-to-alls of some sizes: what leaves a rank for the others and for itself, as is usual."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ultramem.platform import prepare
+
+    platform = prepare("cuda")
+    dist.init_process_group(platform.backend)
+    rows = []
+    for mebibytes in (1, 16, 256):
+        sent = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=platform.device)
+        came = torch.empty_like(sent)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for repeat in range(25):
+            if repeat == 5:
+                begin.record()
+            dist.all_to_all_single(came, sent)
+        end.record()
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3 / 20
+        moved = sent.nbytes * (dist.get_world_size() - 1) / dist.get_world_size()
+        rows.append(Row("all_to_all", f"received_gb_s_{mebibytes}_mib", moved / seconds / 1e9, "GB/s per rank"))
+        rows.append(Row("all_to_all", f"buffer_gb_s_{mebibytes}_mib", sent.nbytes / seconds / 1e9, "GB/s per rank"))
+    main = dist.get_rank() == 0
+    dist.destroy_process_group()
+    return rows if main else []
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """One case on this rank; rows on the first."""
+    placement, *settings = CASES[args.child] or ["replicated"]
+    ranks = int(os.environ["WORLD_SIZE"])
+    micro = load_config(args.config, args.overrides).train.micro_batch_size
+    config = load_config(args.config, [
+        *args.overrides, *settings, f"parallel.memory_placement={placement}",
+        f"parallel.memory_parallel_size={1 if placement == 'replicated' else ranks}",
+        f"train.global_batch_size={micro * ranks * MICRO_BATCHES}", f"train.steps={WARM_UP_STEPS + MEASURED_STEPS}",
+        "schedule.warmup_steps=1", "train.eval_steps=0", "checkpoint.load=none",
+    ])  # fmt: skip
+
+    import torch
+
+    from megatron_ultramem.model.build import value_pools
+    from megatron_ultramem.platform import prepare
+    from megatron_ultramem.training.distributed import destroy_distributed
+    from megatron_ultramem.training.loop import train_step
+    from megatron_ultramem.training.measure import covered_ms, forward_backward_only, median_seconds, trace
+    from megatron_ultramem.training.setup import set_up
+
+    prepare("cuda")
+    run = set_up(config)
+    for _ in range(WARM_UP_STEPS):
+        loss = train_step(run)["loss"]
+    step = median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
+    forward_backward = median_seconds(run, lambda: forward_backward_only(run, MICRO_BATCHES), MEASURED_STEPS)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+
+    traffic = getattr(value_pools(run.model)[0].placement, "traffic", None)
+    if traffic is not None:
+        traffic.reset()
+    spans = trace(run, lambda: forward_backward_only(run, 1))
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    rows = [
+        Row(args.child, "tokens_per_s", tokens / forward_backward, "tokens/s"),
+        Row(args.child, "tokens_per_s_with_optimizer", tokens / step, "tokens/s"),
+        Row(args.child, "step_ms", step * 1e3, "ms"),
+        Row(args.child, "gpu_busy_ms", covered_ms(spans), "ms per micro-batch"),
+        Row(args.child, "peak_gib", peak, "GiB"),
+        Row(args.child, "loss_last_step", loss, "nats/token"),
+    ]
+    if traffic is not None:
+        exchange = [span for span in spans if is_exchange(span.name)]
+        others = [span for span in spans if not is_exchange(span.name)]
+        moved, seconds = sum(traffic.received.values()), covered_ms(exchange) / 1e3
+        visible = covered_ms(spans) - covered_ms(others)
+        rows += [
+            Row(args.child, "exchange_mb", moved / 1e6, "MB per micro-batch and rank"),
+            Row(args.child, "exchange_messages", sum(traffic.messages.values()), "per micro-batch and rank"),
+            Row(args.child, "exchange_ms", seconds * 1e3, "ms per micro-batch"),
+            Row(args.child, "exchange_gb_s", moved / seconds / 1e9, "GB/s received"),
+            Row(args.child, "exchange_hidden_percent", 100 * (1 - visible / (seconds * 1e3)), "%"),
+        ]
+    if args.traces and run.is_main:
+        keep_trace(args.traces, args.child, spans)
+    main = run.is_main
+    destroy_distributed()
+    return rows if main else []
+
+
+def is_exchange(kernel: str) -> bool:
+    """Whether a kernel is NCCL's all-to-all, which it builds of sends and receives."""
+    return "nccl" in kernel.lower() and "SendRecv" in kernel
+
+
+def keep_trace(folder: Path, case: str, spans: list) -> None:
+    """Writes the kernels, and a picture of the second memory layer's neighbourhood: a lane for each stream."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{case}.json").write_text(json.dumps([[s.name[:100], s.stream, s.begin, s.end] for s in spans]))
+    lookups = [span.begin for span in spans if _color(span.name) == COLORS["memory layer"]]
+    start = lookups[len(lookups) // 4] if lookups else spans[len(spans) // 4].begin
+    shown = [span for span in spans if start - 500 < span.begin < start + 3500]
+    lanes = sorted({span.stream for span in shown})
+    figure, axes = plt.subplots(figsize=(12, 1 + 0.6 * len(lanes)), layout="constrained")
+    for span in shown:
+        axes.barh(lanes.index(span.stream), span.end - span.begin, left=span.begin - start, height=0.8,
+                  color=_color(span.name))  # fmt: skip
+    axes.set_yticks(range(len(lanes)), [f"stream {lane}" for lane in lanes])
+    axes.set_xlabel("microseconds")
+    axes.set_title(f"{case}: kernels of one rank")
+    axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()],
+                ncols=len(COLORS), loc="upper right", fontsize=8)  # fmt: skip
+    figure.savefig(folder / f"{case}.png", dpi=110)
+
+
+COLORS = {"exchange": "tab:red", "memory layer": "tab:green", "matrices, attention": "tab:blue", "other": "tab:gray"}
+
+
+def _color(kernel: str) -> str:
+    name = kernel.lower()
+    if is_exchange(kernel):
+        return COLORS["exchange"]
+    if any(word in name for word in ("lookup", "by_token", "segment", "coarse", "exact", "top_k", "select")):
+        return COLORS["memory layer"]
+    if any(word in name for word in ("gemm", "nvjet", "cutlass", "attn", "fmha", "flash")):
+        return COLORS["matrices, attention"]
+    return COLORS["other"]
+
+
+def _cost(rows: list[Row], case: str) -> list[Row]:
+    step = {row.case: row.value for row in rows if row.metric == "step_ms"}
+    if "replicated" not in step or case not in step:
+        return []
+    return [Row(case, "step_cost_percent", 100 * (step[case] / step["replicated"] - 1), "% of replicated")]
+
+
+def _show(rows: list[Row]) -> None:
+    table = Table("case", "metric", "value", "unit")
+    for row in rows:
+        table.add_row(row.case, row.metric, f"{row.value:,.4g}" if row.value < 1000 else f"{row.value:,.0f}", row.unit)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
