@@ -60,32 +60,56 @@ class FlopsPerToken:
         return 3 * self.forward
 
 
+@dataclass(frozen=True)
+class LayerFlops:
+    """Forward FLOPs per token of one block; `memory` is None without a memory layer."""
+
+    attention_projections: float
+    attention_scores: float
+    ffn: float
+    moe: float
+    memory: MemoryFlops | None
+
+
+def layer_flops(model: ModelConfig, sequence_length: int) -> list[LayerFlops]:
+    """Forward FLOPs per token of every block, averaged over the positions of a sequence."""
+    hidden, moe = model.hidden_size, model.moe
+    _, query_dim, key_dim = attention_dims(model)
+    moe_layers = set(parse_layers(moe.layers, model.num_layers, "model.moe.layers"))
+    pool_of = {layer: pool for pool in plan_pools(model) for layer in pool.layers}
+    experts_width = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_hidden_size
+    return [
+        LayerFlops(
+            attention_projections=2.0 * hidden * (2 * query_dim + 2 * key_dim),
+            attention_scores=2 * 2.0 * query_dim * (sequence_length + 1) / 2,
+            ffn=0.0 if layer in moe_layers else 2.0 * 3 * hidden * model.ffn_hidden_size,
+            moe=2.0 * hidden * (moe.num_experts + 3 * experts_width) if layer in moe_layers else 0.0,
+            memory=_memory_layer_flops(model.memory, hidden, pool_of[layer].keys_per_side)
+            if layer in pool_of
+            else None,
+        )
+        for layer in range(model.num_layers)
+    ]
+
+
+def logits_flops(model: ModelConfig, vocab_size: int) -> float:
+    """Forward FLOPs per token of the output layer."""
+    return 2.0 * model.hidden_size * pad_vocabulary(model, vocab_size)
+
+
 def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -> FlopsPerToken:
     """FLOPs of one token of a sequence of `sequence_length` tokens, averaged over its positions."""
-    hidden, layers = model.hidden_size, model.num_layers
-    _, query_dim, key_dim = attention_dims(model)
-    moe_layers = len(parse_layers(model.moe.layers, layers, "model.moe.layers"))
-    moe = model.moe
-    experts_width = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_hidden_size
+    layers = layer_flops(model, sequence_length)
+    memory = [layer.memory for layer in layers if layer.memory is not None]
     return FlopsPerToken(
-        attention_projections=2.0 * hidden * (2 * query_dim + 2 * key_dim) * layers,
-        attention_scores=2 * 2.0 * query_dim * (sequence_length + 1) / 2 * layers,
-        ffn=2.0 * 3 * hidden * model.ffn_hidden_size * (layers - moe_layers),
-        moe=2.0 * hidden * (moe.num_experts + 3 * experts_width) * moe_layers,
-        logits=2.0 * hidden * pad_vocabulary(model, vocab_size),
-        memory=_memory_flops(model),
-    )
-
-
-def _memory_flops(model: ModelConfig) -> MemoryFlops:
-    """Sum over the memory layers of `model`, each with the keys of its pool."""
-    layers = [
-        _memory_layer_flops(model.memory, model.hidden_size, pool.keys_per_side)
-        for pool in plan_pools(model)
-        for _ in pool.layers
-    ]
-    return MemoryFlops(
-        **{term.name: sum(getattr(layer, term.name) for layer in layers) for term in fields(MemoryFlops)}
+        attention_projections=sum(layer.attention_projections for layer in layers),
+        attention_scores=sum(layer.attention_scores for layer in layers),
+        ffn=sum(layer.ffn for layer in layers),
+        moe=sum(layer.moe for layer in layers),
+        logits=logits_flops(model, vocab_size),
+        memory=MemoryFlops(
+            **{term.name: sum(getattr(layer, term.name) for layer in memory) for term in fields(MemoryFlops)}
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ultramem.config.schema import MemoryConfig, ModelConfig, MoEConfig
+from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
 
 
@@ -52,6 +52,28 @@ class ParameterCounts:
     published: PublishedCounts
 
 
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of one block, value tables aside; what tensor parallelism does not split is apart.
+
+    `attention`: projections; `attention_gains`: of the QK-norm; `norms`: the two of the block; `ffn`: the dense one;
+    `router`, `experts` (all of them) and `shared_expert` of an MoE; `memory`: the memory layer outside its pool.
+    """
+
+    attention: int
+    attention_gains: int
+    norms: int
+    ffn: int = 0
+    router: int = 0
+    experts: int = 0
+    shared_expert: int = 0
+    memory: int = 0
+
+    @property
+    def moe(self) -> int:
+        return self.router + self.experts + self.shared_expert
+
+
 def pad_vocabulary(model: ModelConfig, vocab_size: int) -> int:
     """Rows of the embedding: `vocab_size` rounded up to a multiple of `model.vocab_size_multiple`."""
     multiple = model.vocab_size_multiple
@@ -71,29 +93,64 @@ def query_width(memory: MemoryConfig) -> int:
     return 2 * memory.key_dim * ranks * memory.num_heads
 
 
+def row_width(memory: MemoryConfig) -> int:
+    """Elements of one row of a pool, over all of its tables."""
+    return memory.value_dim + memory.pre_value_dim
+
+
+def rows_per_token(memory: MemoryConfig) -> int:
+    """Rows of a pool that one memory layer reads for a token."""
+    return memory.num_heads * memory.top_m
+
+
+def layer_parameters(model: ModelConfig) -> list[LayerParameters]:
+    """Parameters of every block, in the order of the layers."""
+    hidden, moe = model.hidden_size, model.moe
+    head_dim, query_dim, key_dim = attention_dims(model)
+    moe_layers = set(parse_layers(moe.layers, model.num_layers, "model.moe.layers"))
+    pool_of = {layer: pool for pool in plan_pools(model) for layer in pool.layers}
+    return [
+        LayerParameters(
+            attention=hidden * (query_dim + 2 * key_dim) + query_dim * hidden,
+            attention_gains=2 * head_dim if model.qk_norm else 0,
+            norms=2 * hidden,
+            ffn=0 if layer in moe_layers else 3 * hidden * model.ffn_hidden_size,
+            router=hidden * moe.num_experts if layer in moe_layers else 0,
+            experts=moe.num_experts * expert_parameters(model) if layer in moe_layers else 0,
+            shared_expert=3 * hidden * moe.shared_expert_hidden_size if layer in moe_layers else 0,
+            memory=_memory_layer(model.memory, hidden, pool_of[layer].keys_per_side) if layer in pool_of else 0,
+        )
+        for layer in range(model.num_layers)
+    ]
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Of one SwiGLU expert."""
+    return 3 * model.hidden_size * model.moe.ffn_hidden_size
+
+
+def table_parameters(memory: MemoryConfig, pool: Pool) -> int:
+    """Of all tables of a pool, padding included."""
+    return pool.padded_rows * row_width(memory)
+
+
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
     """Counts of `model` with `vocab_size` tokens (padded here as the model pads it). Definitions at the top."""
-    hidden = model.hidden_size
-    head_dim, query_dim, key_dim = attention_dims(model)
-    attention_layer = hidden * (query_dim + 2 * key_dim) + query_dim * hidden + (2 * head_dim if model.qk_norm else 0)
-    attention = attention_layer * model.num_layers
-    norms = hidden * (2 * model.num_layers + 1)
+    layers, memory, pools = layer_parameters(model), model.memory, plan_pools(model)
+    attention = sum(layer.attention + layer.attention_gains for layer in layers)
+    norms = sum(layer.norms for layer in layers) + model.hidden_size
+    ffn, moe = sum(layer.ffn for layer in layers), sum(layer.moe for layer in layers)
+    moe_layers = sum(layer.experts > 0 for layer in layers)
+    moe_active = moe - moe_layers * (model.moe.num_experts - model.moe.top_k) * expert_parameters(model)
 
-    moe_layers = len(parse_layers(model.moe.layers, model.num_layers, "model.moe.layers"))
-    ffn = 3 * hidden * model.ffn_hidden_size * (model.num_layers - moe_layers)
-    moe = _moe_layer(model.moe, hidden, model.moe.num_experts) * moe_layers
-    moe_active = _moe_layer(model.moe, hidden, model.moe.top_k) * moe_layers
-
-    embedding_once = pad_vocabulary(model, vocab_size) * hidden
+    embedding_once = pad_vocabulary(model, vocab_size) * model.hidden_size
     embedding = embedding_once if model.tie_embeddings else 2 * embedding_once
 
-    memory, pools = model.memory, plan_pools(model)
-    row = memory.value_dim + memory.pre_value_dim
-    tables = sum(pool.padded_rows * row for pool in pools)
+    tables = sum(table_parameters(memory, pool) for pool in pools)
     memory_layers = sum(len(pool.layers) for pool in pools)
-    rows_read = memory.num_heads * memory.top_m * row * memory_layers
-    memory_dense = sum(len(pool.layers) * _memory_layer(memory, hidden, pool.keys_per_side) for pool in pools)
-    memory_own_keys = memory_layers * _memory_layer(memory, hidden, memory.num_keys)
+    rows_read = rows_per_token(memory) * row_width(memory) * memory_layers
+    memory_dense = sum(layer.memory for layer in layers)
+    memory_own_keys = memory_layers * _memory_layer(memory, model.hidden_size, memory.num_keys)
 
     common = attention + ffn + norms
     return ParameterCounts(
@@ -108,14 +165,9 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
         norms=norms,
         published=PublishedCounts(
             active=common + moe_active + embedding_once + memory_own_keys + rows_read,
-            total=common + moe + memory_own_keys + _unpadded_tables(pools, row),
+            total=common + moe + memory_own_keys + sum(pool.rows * row_width(memory) for pool in pools),
         ),
     )
-
-
-def _moe_layer(moe: MoEConfig, hidden: int, experts: int) -> int:
-    """Router of all experts, `experts` SwiGLU experts, and the shared expert."""
-    return hidden * (moe.num_experts + 3 * (experts * moe.ffn_hidden_size + moe.shared_expert_hidden_size))
 
 
 def _memory_layer(memory: MemoryConfig, hidden: int, keys_per_side: int) -> int:
@@ -125,7 +177,3 @@ def _memory_layer(memory: MemoryConfig, hidden: int, keys_per_side: int) -> int:
     cores = memory.num_heads * memory.num_cores * memory.tucker_rank**2
     gains = 2 * memory.key_dim
     return projections + keys + cores + gains
-
-
-def _unpadded_tables(pools: list[Pool], row: int) -> int:
-    return sum(pool.rows * row for pool in pools)
