@@ -17,12 +17,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
-# Since 0.17 the `mlp` slot of a layer holds a callable builder; before, a ModuleSpec.
+# Since 0.17 the fields for submodules of a layer hold callable builders; before, ModuleSpecs.
 BUILDERS = MCORE_VERSION >= (0, 17)
 
 
-def mlp_slot(module: type, **params: Any) -> Any:
-    """What the `mlp` field of TransformerLayerSubmodules takes to build `module(config=..., **params)`."""
+def module_slot(module: type, **params: Any) -> Any:
+    """What a field of Megatron's submodules takes to build `module(config=..., **params)`."""
     return functools.partial(module, **params) if BUILDERS else ModuleSpec(module=module, params=params)
 
 

@@ -74,6 +74,11 @@ class MemoryConfig:
     )
     shuffle: bool = setting(True, "Send grid indices through a fixed random permutation.")
     shuffle_seed: int = setting(1234, "Seed of those permutations; part of the model.", minimum=0)
+    keep_shuffle: bool = setting(
+        False,
+        "Checkpoints hold the permutations themselves, not only their seed: for imported models, whose shuffle was "
+        "drawn elsewhere.",
+    )
     rows_multiple: int = setting(128, "Rows of a pool are padded to a multiple of this.", minimum=1)
     init: str = setting(
         "paper", "Initialisation: the paper's derived one, or the released code's.", choices=("paper", "released")
@@ -103,6 +108,11 @@ class MoEConfig:
     top_k: int = setting(8, "Experts per token.", minimum=1)
     ffn_hidden_size: int = setting(1024, "Inner width of one expert.", minimum=1)
     shared_expert_hidden_size: int = setting(0, "Inner width of the shared expert; 0: none.", minimum=0)
+    normalize_top_k: bool = setting(
+        True,
+        "Weights of the selected experts: softmax over their logits, so that they sum to 1; false: their share of the "
+        "softmax over all experts (OLMoE).",
+    )
     aux_loss_coeff: float = setting(0.01, "Weight of the load-balancing loss.", minimum=0)
     z_loss_coeff: float = setting(0.0, "Weight of the router z-loss; 0: off.", minimum=0)
     dispatcher: str = setting("alltoall", "Token dispatcher.", choices=("alltoall", "allgather"))
@@ -134,6 +144,11 @@ class ModelConfig:
     max_sequence_length: int = setting(4096, "Longest sequence the model is built for.", minimum=1)
     rope_base: int = setting(10000, "Base of the rotary position embedding.", minimum=1)
     qk_norm: bool = setting(True, "RMS-normalise queries and keys of attention.")
+    qk_norm_width: str = setting(
+        "head",
+        "What one of these norms spans: each head by itself, or all heads (OLMoE).",
+        choices=("head", "all_heads"),
+    )
     norm_eps: float = setting(1e-5, "Epsilon of every RMSNorm.", above=0)
     tie_embeddings: bool = setting(True, "Share the embedding with the output layer.")
     vocab_size: Optional[int] = setting(None, "Vocabulary; null: the tokenizer's.", minimum=1)

@@ -86,6 +86,13 @@ def _validate_model(config: Config) -> None:
             f"model.head_dim = {m.head_dim or m.hidden_size // m.num_attention_heads} is odd; rotary "
             f"embeddings need an even head width"
         )
+    if m.qk_norm_width == "all_heads" and not m.qk_norm:
+        raise ConfigError("model.qk_norm_width = all_heads would be ignored by model.qk_norm = false; legal: head")
+    if m.memory.keep_shuffle and not m.memory.shuffle:
+        raise ConfigError(
+            "model.memory.keep_shuffle = true without a shuffle (model.memory.shuffle = false) would be ignored; "
+            "legal: false"
+        )
     groups = m.num_query_groups or m.num_attention_heads
     if m.num_attention_heads % groups:
         raise ConfigError(

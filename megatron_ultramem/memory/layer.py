@@ -108,7 +108,7 @@ class UltraMemV2(nn.Module):
             permutation = shuffle_permutation(
                 pool.virtual_rows, seed=config.shuffle_seed, pool=pool.index, layer=layer, device=device
             )
-        self.register_buffer("permutation", permutation, persistent=False)
+        self.register_buffer("permutation", permutation, persistent=config.keep_shuffle)
 
     @property
     def table(self) -> ValuePool:
@@ -141,8 +141,8 @@ class UltraMemV2(nn.Module):
         self.refresh()
 
     def shuffle_checksum(self) -> str:
-        """Identifies the shuffle permutation in a checkpoint; '' without one."""
-        return "" if self.permutation is None else checksum(self.permutation)
+        """Identifies a permutation that follows from the seed, in a checkpoint; '' where there is none to compare."""
+        return "" if self.permutation is None or self.config.keep_shuffle else checksum(self.permutation)
 
     def _forward(self, x_TH: torch.Tensor, kept: _Kept) -> torch.Tensor:
         retrieval = self.retrieval

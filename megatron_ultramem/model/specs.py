@@ -18,13 +18,13 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_ultramem.compat import dense_mlp_slot, mlp_slot
+from megatron_ultramem.compat import dense_mlp_slot, module_slot
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
 from megatron_ultramem.memory.layer import UltraMemV2
 from megatron_ultramem.memory.tables import ValuePool
 from megatron_ultramem.model.feed_forward import FeedForwardWithMemory
-from megatron_ultramem.model.norm import RMSNorm
+from megatron_ultramem.model.norm import AllHeadsRMSNorm, RMSNorm
 
 
 def block_spec(
@@ -65,6 +65,9 @@ def _layer_spec(
         sub.input_layernorm = sub.pre_mlp_layernorm = norm
         if m.qk_norm:
             attention.q_layernorm = attention.k_layernorm = norm
+    if m.qk_norm and m.qk_norm_width == "all_heads":
+        attention.q_layernorm = module_slot(AllHeadsRMSNorm, heads=m.num_attention_heads)
+        attention.k_layernorm = module_slot(AllHeadsRMSNorm, heads=m.num_query_groups or m.num_attention_heads)
     if moe or pool is not None:
         # One name for this norm in checkpoints of both back ends (Megatron's local layers pretend that it is fused).
         sub.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
@@ -80,7 +83,7 @@ def _layer_spec(
                 MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
             )
         build = functools.partial(_build_memory, config, layer, pool, tables[pool.index])
-        sub.mlp = mlp_slot(FeedForwardWithMemory, ffn=ffn, memory=build, overlap=config.parallel.overlap_exchange)
+        sub.mlp = module_slot(FeedForwardWithMemory, ffn=ffn, memory=build, overlap=config.parallel.overlap_exchange)
     return spec
 
 

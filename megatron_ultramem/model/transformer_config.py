@@ -87,6 +87,7 @@ def transformer_config(config: Config, backend: str) -> TransformerConfig:
             num_moe_experts=moe.num_experts,
             moe_layer_freq=[int(layer in moe_layers) for layer in range(m.num_layers)],
             moe_router_topk=moe.top_k,
+            moe_router_pre_softmax=not moe.normalize_top_k,
             moe_ffn_hidden_size=moe.ffn_hidden_size,
             moe_shared_expert_intermediate_size=moe.shared_expert_hidden_size or None,
             moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",

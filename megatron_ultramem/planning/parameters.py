@@ -106,13 +106,13 @@ def rows_per_token(memory: MemoryConfig) -> int:
 def layer_parameters(model: ModelConfig) -> list[LayerParameters]:
     """Parameters of every block, in the order of the layers."""
     hidden, moe = model.hidden_size, model.moe
-    head_dim, query_dim, key_dim = attention_dims(model)
+    _, query_dim, key_dim = attention_dims(model)
     moe_layers = set(parse_layers(moe.layers, model.num_layers, "model.moe.layers"))
     pool_of = {layer: pool for pool in plan_pools(model) for layer in pool.layers}
     return [
         LayerParameters(
             attention=hidden * (query_dim + 2 * key_dim) + query_dim * hidden,
-            attention_gains=2 * head_dim if model.qk_norm else 0,
+            attention_gains=_attention_gains(model),
             norms=2 * hidden,
             ffn=0 if layer in moe_layers else 3 * hidden * model.ffn_hidden_size,
             router=hidden * moe.num_experts if layer in moe_layers else 0,
@@ -122,6 +122,14 @@ def layer_parameters(model: ModelConfig) -> list[LayerParameters]:
         )
         for layer in range(model.num_layers)
     ]
+
+
+def _attention_gains(model: ModelConfig) -> int:
+    """Of the norms of queries and keys."""
+    if not model.qk_norm:
+        return 0
+    head_dim, query_dim, key_dim = attention_dims(model)
+    return query_dim + key_dim if model.qk_norm_width == "all_heads" else 2 * head_dim
 
 
 def expert_parameters(model: ModelConfig) -> int:

@@ -228,6 +228,10 @@ def check_loadable(config: Config, folder: Path, *, tokenizer: str, vocab_size: 
     record = folders.read_record(folder)
     contents.check_same_model(config, folder)
     if config.checkpoint.load_optimizer:
+        if record.weights_only:
+            raise CheckpointError(
+                f"checkpoint {folder} holds weights alone: it was converted; legal: checkpoint.load_optimizer=false"
+            )
         contents.check_same_optimizer(config, folder)
     if (record.vocab_size, record.tokenizer) != (vocab_size, tokenizer):
         raise CheckpointError(

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_ultramem.config.load import load_config
@@ -43,6 +43,7 @@ class Record:
     shuffles: Mapping[str, str]  # checksum of the shuffle permutation of each memory layer, by its number
     versions: Mapping[str, str]
     saved_at: str  # UTC
+    weights_only: bool = False  # converted from another format: there is no optimizer state
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -93,7 +94,13 @@ def read_record(folder: Path) -> Record:
         )
     try:
         content = json.loads((folder / "run.json").read_text())
-        record = Record(**{field.name: content[field.name] for field in fields(Record)})
+        record = Record(
+            **{
+                field.name: content[field.name]
+                for field in fields(Record)
+                if field.default is MISSING or field.name in content
+            }
+        )
         numbers = (record.step, record.consumed_samples, record.consumed_tokens, record.vocab_size)
         if not all(isinstance(number, int) for number in numbers):
             raise TypeError("a count is not an integer")

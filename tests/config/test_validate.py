@@ -44,6 +44,8 @@ DENSE = "model.memory.layers=none"
         (["data.paths=[a]", "data.weights=[-1]"], ["data.weights", "positive"]),
         (["data.tokenizer.path=x"], ["data.tokenizer.path = 'x'", "byte"]),
         (["data.tokenizer.kind=tiktoken"], ["data.tokenizer.path = null", "tiktoken"]),
+        (["model.qk_norm=false", "model.qk_norm_width=all_heads"], ["qk_norm_width = all_heads", "qk_norm = false"]),
+        (["model.memory.shuffle=false", "model.memory.keep_shuffle=true"], ["keep_shuffle = true", "shuffle = false"]),
         (["model.memory.top_m=200000"], ["model.memory.top_m", "129600"]),
         (
             ["model.memory.sharing=ring", "model.memory.share_size=10", PP2],

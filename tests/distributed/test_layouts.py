@@ -62,6 +62,16 @@ MODELS = {
         "model.moe.ffn_hidden_size=32",
         "model.moe.aux_loss_coeff=0",
     ],
+    "olmoe": [
+        "model.memory.layers=none",
+        "model.qk_norm_width=all_heads",
+        "model.moe.layers=all",
+        "model.moe.num_experts=4",
+        "model.moe.top_k=2",
+        "model.moe.normalize_top_k=false",
+        "model.moe.ffn_hidden_size=32",
+        "model.moe.aux_loss_coeff=0",
+    ],
     "moe_memory_dense": [
         "model.memory.layers=1-2",
         "model.memory.sharing=none",
@@ -78,6 +88,7 @@ CASES = [
 CASES += [("ring_with_losses_and_masks", layout) for layout in ("tp2", "dp2", "recompute_full", "recompute_memory")]
 CASES += [("moe_memory_dense", layout) for layout in ("tp2", "pp2", "dp2", "tp2_plain_optimizer")]
 CASES += [("moe", layout) for layout in ("ep2", "ep2_tp2", "tp2")]
+CASES += [("olmoe", "tp2")]
 
 
 @pytest.fixture(scope="module")

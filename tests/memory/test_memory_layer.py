@@ -151,6 +151,15 @@ def test_the_permutation_is_not_saved_but_has_a_checksum(small_model) -> None:
     assert small_model(1, shuffle=False).layers[0].shuffle_checksum() == ""
 
 
+def test_a_kept_permutation_is_saved_loaded_and_used(small_model, tokens) -> None:
+    kept, other = small_model(keep_shuffle=True), small_model(keep_shuffle=True, shuffle_seed=5)
+    expected = kept(tokens(5))
+    assert not torch.equal(other(tokens(5)), expected)
+    other.load_state_dict(kept.state_dict())
+    assert torch.equal(other(tokens(5)), expected)
+    assert kept.layers[0].shuffle_checksum() == other.layers[0].shuffle_checksum() == ""  # seeds do not matter
+
+
 def test_every_parameter_carries_its_initializer(small_model) -> None:
     model = small_model(2, sharing="block", share_size=2)
     before = copy.deepcopy(model.state_dict())

@@ -23,8 +23,9 @@ MIXED = [
         ["model.memory.sharing=ring", "model.memory.share_size=2"],
         MIXED,
         ["model.memory.layers=none", "model.qk_norm=false"],
+        ["model.memory.layers=none", "model.qk_norm_width=all_heads", "model.num_query_groups=2"],
     ],
-    ids=["ring", "moe-and-memory-untied", "dense"],
+    ids=["ring", "moe-and-memory-untied", "dense", "norms-over-all-heads"],
 )
 def test_total_is_the_number_of_parameters_that_megatron_builds(settings):
     where = platform.prepare()
