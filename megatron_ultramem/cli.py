@@ -162,16 +162,18 @@ def _sections() -> str:
     return "\n".join(lines)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from megatron_ultramem.config import load_config
+    from megatron_ultramem.training.requests import hold_back_stop_signal
 
+    hold_back_stop_signal()  # before torch starts threads
     config = load_config(args.config, args.overrides)
     from megatron_ultramem.platform import prepare
 
     prepare(config.train.device)
     from megatron_ultramem.training.loop import train
 
-    train(config)
+    return train(config)
 
 
 def _generate(args: argparse.Namespace) -> None:

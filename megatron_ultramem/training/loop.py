@@ -24,6 +24,7 @@ from megatron_ultramem.training.memory_hooks import begin_step
 from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.progress import Progress
+from megatron_ultramem.training.requests import hold_back_stop_signal
 from megatron_ultramem.training.setup import Run, set_up
 from megatron_ultramem.training.step import forward_backward
 from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
@@ -31,16 +32,22 @@ from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
 Metrics = dict[str, float]
 
 
-def train(config: Config) -> None:
-    """Trains to `train.steps`, resuming where the last checkpoint left off. Call on every rank."""
+def train(config: Config) -> int:
+    """Trains to `train.steps`, resuming where the last checkpoint left off. Call on every rank.
+
+    Returns the exit status of the process: 0, or 143 where a SIGTERM ended the run early (see `requests.py`).
+    """
+    hold_back_stop_signal()
     try:
-        _train(set_up(config))
+        run = set_up(config)
+        with run.requests.listening(Path(config.train.run_dir) if run.is_main else None):
+            return _train(run)
     finally:
         destroy_distributed()
 
 
-def _train(run: Run) -> None:
-    config, position = run.config, run.position
+def _train(run: Run) -> int:
+    config, position, requests = run.config, run.position, run.requests
     last_step = config.train.steps
     if config.train.exit_after_steps is not None:
         last_step = min(last_step, position.step + config.train.exit_after_steps)
@@ -54,7 +61,7 @@ def _train(run: Run) -> None:
         progress.message(_opening(run))
         if position.step >= last_step:
             progress.message(f"nothing left to do: train.steps = {config.train.steps}")
-        while position.step < last_step:
+        while position.step < last_step and not requests.stop:
             step = position.step + 1
             log_due = _due(step, config.logging.interval, last_step)
             health_due = _due(step, config.logging.memory_health_interval)
@@ -77,10 +84,14 @@ def _train(run: Run) -> None:
             if log_due or health_due or "valid_loss" in metrics:
                 logger.log(step, metrics)
             progress.update(step, metrics if log_due else None)
-            if _due(step, config.checkpoint.interval, last_step):
+            if _due(step, config.checkpoint.interval, last_step) or requests.stop:
                 clock.pause()
                 progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
         run.checkpoints.close()
+        if not requests.stop or position.step >= config.train.steps:
+            return 0
+        progress.message(f"step {position.step}: stopped by {requests.reason}; start the run again to go on")
+        return requests.exit_status
 
 
 def train_step(run: Run) -> Metrics:
@@ -99,8 +110,10 @@ def train_step(run: Run) -> Metrics:
         micro_batches(run.train_data, run.position.consumed_samples, num_microbatches),
         num_microbatches,
         run.platform.device,
+        flags=run.requests.flags(),
     )
-    loss_sum, tokens = totals.all_ranks.tolist()  # the one wait for the device in a step
+    loss_sum, tokens, *flags = totals.all_ranks.tolist()  # the one wait for the device in a step
+    run.requests.agree(flags)
     if not math.isfinite(loss_sum):
         here = not math.isfinite(float(totals.this_rank[0]))
         _stop(run, f"the loss is {loss_sum}", here, "nothing was updated")

@@ -24,6 +24,7 @@ from megatron_ultramem.training.data import BatchIterator, build_datasets, check
 from megatron_ultramem.training.distributed import initialize_distributed, world_size_from_environment
 from megatron_ultramem.training.memory_hooks import MemoryHooks
 from megatron_ultramem.training.optimizer import Scheduler, build_optimizer, wrap_chunks
+from megatron_ultramem.training.requests import Requests
 from megatron_ultramem.training.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -44,6 +45,7 @@ class Run:
     train_data: list[BatchIterator]  # one for each model chunk
     valid_data: list[BatchIterator] | None
     position: Position = field(default_factory=Position)
+    requests: Requests = field(default_factory=Requests)
 
     @property
     def is_main(self) -> bool:

@@ -26,7 +26,7 @@ LossReport = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LossTotals:
-    """fp64 [2]: sum of the losses of unmasked tokens in nats, and their number."""
+    """fp64 [2 + number of flags]: sum of the losses of unmasked tokens in nats, their number, and sums of the flags."""
 
     all_ranks: Tensor  # over the whole global batch, the same on every rank
     this_rank: Tensor  # over the micro-batches of this rank; zeros before the last pipeline stage
@@ -41,11 +41,13 @@ def forward_backward(
     device: torch.device,
     *,
     forward_only: bool = False,
+    flags: Sequence[float] = (),
 ) -> LossTotals:
     """Runs Megatron's schedule (no pipeline, 1F1B or interleaved) over the micro-batches of one global batch.
 
     Args:
         micro_batches: an iterator over this rank's micro-batches for the model chunk of that number.
+        flags: of this rank, as many on every rank; their sums travel with the loss.
     """
     if not forward_only:
         _set_auxiliary_scale(config, megatron_config, num_microbatches, device)
@@ -59,7 +61,7 @@ def forward_backward(
         micro_batch_size=config.train.micro_batch_size,
         forward_only=forward_only,
     )
-    return _sum_over_ranks(reports, device)
+    return _sum_over_ranks(reports, flags, device)
 
 
 def _forward_step(
@@ -120,10 +122,13 @@ def _set_auxiliary_scale(
     AuxiliaryLossScale.set(scale)
 
 
-def _sum_over_ranks(reports: list[LossReport], device: torch.device) -> LossTotals:
-    local = torch.zeros(2, dtype=torch.float64, device=device)
+def _sum_over_ranks(reports: list[LossReport], flags: Sequence[float], device: torch.device) -> LossTotals:
+    local = torch.zeros(2 + len(flags), dtype=torch.float64, device=device)
+    for number, flag in enumerate(flags):
+        if flag:  # no copy from the host, which would wait for the device
+            local[2 + number].fill_(flag)
     for report in reports:  # empty but on the last pipeline stage
-        local += torch.stack([report["loss_sum"], report["tokens"]]).double()
+        local[:2] += torch.stack([report["loss_sum"], report["tokens"]]).double()
     total = local.clone()
     torch.distributed.all_reduce(total)
     # Tensor-parallel ranks hold the same numbers.

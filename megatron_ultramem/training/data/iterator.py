@@ -12,6 +12,7 @@ Legend: b micro-batch size, s sequence length, n documents (or parts of document
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
@@ -98,8 +99,14 @@ class BatchIterator:
             batch_sampler=Progression(position, self._length, self._micro_batch_size, self._dp_rank, self._dp_size),
             num_workers=self._num_workers,
             collate_fn=self._collate,
+            worker_init_fn=_outlive_termination,
             generator=torch.Generator().manual_seed(0),  # otherwise the loader draws a seed from the global one
         )
+
+
+def _outlive_termination(worker: int) -> None:
+    """A SIGTERM to a rank's process group is for the rank, which needs its workers until it has finished the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Progression(Sampler[list[int]]):
