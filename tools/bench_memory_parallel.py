@@ -6,7 +6,7 @@
 
 Every case is a run of its own on `--ranks` GPUs, all with one memory-parallel group. Rows of the results
 (benchmarks/results/memory_parallel_<hardware>.json), means over one rank's micro-batches where not said otherwise:
-  tokens_per_s                 forward and backward of 8 micro-batches on every rank, all ranks together
+  tokens_per_s                 forward and backward of 4 micro-batches on every rank, all ranks together
   tokens_per_s_with_optimizer  whole steps of as many
   step_cost_percent            step time over that of `replicated`, less 100 %
   exchange_mb                  received in forward and backward, by the run-time counter
@@ -36,7 +36,7 @@ from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.results import Row, write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MICRO_BATCHES = 8  # of a rank, per measured step
+MICRO_BATCHES = 4  # of a rank, per measured step
 WARM_UP_STEPS, MEASURED_STEPS = 3, 3
 BESIDE_FFN = "parallel.overlap_exchange=true"
 CASES = {

@@ -36,7 +36,7 @@ def main() -> int:
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
     def run(*command: str) -> None:
-        console.print(f"\n$ {shlex.join(command)}", style="bold cyan")
+        console.print(f"\n$ {shlex.join(command)}", style="bold cyan", markup=False)
         subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True)
 
     try:

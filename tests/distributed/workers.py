@@ -6,6 +6,7 @@ for a fresh rendezvous, and returns their results in rank order. A job initialis
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -22,15 +23,17 @@ class JobFailed(AssertionError):
 
 
 class WorkerPool:
-    """`size` spawned processes, each with one thread."""
+    """`size` spawned processes, each with one thread. A job that takes longer than `timeout` seconds fails; shortly
+    before, each of its ranks prints where it is."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
+        self._timeout = timeout
         context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
             # Not daemons: checkpoint writers start processes of their own.
-            process = context.Process(target=_serve, args=(theirs, rank))
+            process = context.Process(target=_serve, args=(theirs, rank, 0.9 * timeout))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -49,9 +52,9 @@ class WorkerPool:
             pipe.send((environment, job, args, kwargs))
         answers = []
         for rank, (_, pipe) in enumerate(self._workers[:ranks]):
-            if not pipe.poll(TIMEOUT):
+            if not pipe.poll(self._timeout):
                 self.close(kill=True)
-                raise JobFailed(f"rank {rank} did not answer within {TIMEOUT:.0f} s")
+                raise JobFailed(f"rank {rank} did not answer within {self._timeout:.0f} s")
             answers.append(pipe.recv())
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failed:
@@ -72,7 +75,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _serve(pipe: Connection, rank: int) -> None:
+def _serve(pipe: Connection, rank: int, patience: float) -> None:
     os.environ.update(OMP_NUM_THREADS="1", LOCAL_RANK=str(rank))
     import torch
 
@@ -91,12 +94,14 @@ def _serve(pipe: Connection, rank: int) -> None:
         except EOFError:
             return
         os.environ.update(environment)
+        faulthandler.dump_traceback_later(patience)
         try:
             answer = (True, job(*args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
         destroy_distributed()
         _let_go_of_models()
+        faulthandler.cancel_dump_traceback_later()
         torch.use_deterministic_algorithms(False)
         pipe.send(answer)
 

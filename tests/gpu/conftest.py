@@ -18,6 +18,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[WorkerPool]:
     """One process for each of two GPUs, or for the only one."""
-    workers = WorkerPool(min(2, torch.cuda.device_count()))
+    workers = WorkerPool(min(2, torch.cuda.device_count()), timeout=100)
     yield workers
     workers.close()

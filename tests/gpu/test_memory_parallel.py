@@ -29,6 +29,7 @@ from tests.gpu.test_training import BF16, LOCAL, TE, WIDE
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 BESIDE_FFN = "parallel.overlap_exchange=true"
+GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP
 LAYOUTS = {
     ("block", "rows"): [P2, ROWS],
     ("ring", "columns"): [P2, COLUMNS],
@@ -36,7 +37,7 @@ LAYOUTS = {
     ("no_ring", "rows_tp2"): [P2, ROWS, TP2],
     ("moe", "columns_ep2"): [P2, COLUMNS, EP2],
     ("block", "rows_recompute_plain_optimizer"): [P2, ROWS, PLAIN, "train.recompute=full"],
-    ("ring", "rows_beside_ffn"): [P2, ROWS, BESIDE_FFN, *OVERLAP],
+    ("ring", "rows_beside_ffn"): [P2, ROWS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS],
     ("ring", "columns_beside_ffn"): [P2, COLUMNS, BESIDE_FFN],
     ("no_ring", "columns_beside_ffn_recompute"): [P2, COLUMNS, BESIDE_FFN, "model.memory.recompute=true"],
 }
@@ -56,7 +57,7 @@ def one_gpu(gpus: WorkerPool, small_run: list[str]) -> Callable[[str], dict[str,
     return reference
 
 
-@pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids="-".join)
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids=["-".join(case) for case in LAYOUTS])
 def test_training_in_fp32_equals_one_gpu(
     gpus: WorkerPool,
     small_run: list[str],  # noqa: F811
