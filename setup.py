@@ -35,7 +35,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "triton>=3.6"],
         "tokenizers": ["tokenizers", "sentencepiece", "tiktoken"],
-        "hf": ["transformers>=5", "safetensors", "tokenizers"],
+        "hf": ["transformers>=5", "accelerate", "safetensors", "tokenizers"],
         "wandb": ["wandb"],
         "deepspeed": ["deepspeed"],
         "dev": [
@@ -45,6 +45,9 @@ setup(
             "ruff",
             "mypy",
             "triton",
+            "transformers>=5",
+            "accelerate",
+            "safetensors",
             "tokenizers",
             "sentencepiece",
             "tiktoken",

@@ -1,0 +1,35 @@
+"""Every block type and sharing pattern: settings on top of `megatron_models.BASE`."""
+
+from __future__ import annotations
+
+MOE = [
+    "model.memory.layers=none", "model.moe.layers='1,2'", "model.moe.num_experts=6", "model.moe.top_k=3",
+    "model.moe.ffn_hidden_size=20",
+]  # fmt: skip
+CASES = {
+    "dense": ["model.memory.layers=none"],
+    "dense-untied-no-qk-norm-head-width": [
+        "model.memory.layers=none", "model.tie_embeddings=false", "model.qk_norm=false", "model.head_dim=12",
+        "model.num_query_groups=1",
+    ],
+    "norm-over-all-heads": ["model.memory.layers=none", "model.qk_norm_width=all_heads"],
+    "moe": MOE,
+    "moe-weights-of-all-experts": [*MOE, "model.moe.normalize_top_k=false"],
+    "moe-shared-expert": [*MOE, "model.moe.shared_expert_hidden_size=16"],
+    "moe-and-memory": [*MOE, "model.memory.layers='0,1'"],
+    "own-tables": [],
+    "no-shuffle": ["model.memory.shuffle=false"],
+    "heads": ["model.memory.num_heads=3", "model.memory.sharing=block", "model.memory.share_size=2"],
+    "one-query": ["model.memory.query_per_rank=false"],
+    "one-core-rank-3": ["model.memory.num_cores=1", "model.memory.tucker_rank=3"],
+    "three-cores-capped": ["model.memory.num_cores=3", "model.memory.coarse_top_k=3"],
+    "gelu": ["model.memory.activation=gelu"],
+    "block": ["model.memory.sharing=block", "model.memory.share_size=2"],
+    "ring": ["model.memory.sharing=ring", "model.memory.share_size=3"],
+    "ring-from-start": [
+        "model.memory.sharing=ring", "model.memory.share_size=2", "model.memory.pool_size=2",
+        "model.memory.window=start",
+    ],
+    "no-ring": ["model.memory.sharing=no_ring", "model.memory.share_size=3"],
+    "some-layers": ["model.memory.layers='0,3'", "model.memory.sharing=ring", "model.memory.share_size=2"],
+}  # fmt: skip
