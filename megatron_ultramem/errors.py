@@ -31,3 +31,7 @@ class TrainingError(UserError):
 
 class ExchangeError(UserError):
     """A rank of the memory-parallel group ended or did not answer. Raised by the ranks that are left."""
+
+
+class LaunchError(UserError):
+    """A job could not be submitted to a cluster."""

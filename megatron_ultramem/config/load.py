@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate
 from megatron_ultramem.errors import ConfigError
+
+Tree = TypeVar("Tree")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, check: bool = True) -> Config:
@@ -26,7 +28,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     """
     tree: Any = {}
     if path is not None:
-        tree = _read_yaml(Path(path))
+        tree = read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
     return config_from_dict(tree, check=check)
@@ -34,22 +36,27 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
 
 def config_from_dict(tree: dict[str, Any], *, check: bool = True) -> Config:
     """The configuration with the settings of a nested dict on top of the defaults; raises as `load_config`."""
-    _refuse_unknown(tree, Config, "")
-    schema = OmegaConf.structured(Config)
+    config = resolve(tree, Config)
+    if check:
+        validate(config)
+    return config
+
+
+def resolve(tree: dict[str, Any], schema: type[Tree]) -> Tree:
+    """A tree of dataclasses like those of `schema.py`, filled from a nested dict; raises as `load_config`."""
+    _refuse_unknown(tree, schema, "")
     try:
-        merged = OmegaConf.merge(schema, OmegaConf.create(tree))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(tree))
         assert isinstance(merged, DictConfig)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         setting = getattr(error, "full_key", None) or "?"
         reason = str(getattr(error, "msg", None) or error).splitlines()[0]
         raise ConfigError(
-            f"{setting} = {_lookup(tree, str(setting))!r}: {reason}; legal: {_legal(str(setting))}"
+            f"{setting} = {_lookup(tree, str(setting))!r}: {reason}; legal: {_legal(str(setting), schema)}"
         ) from None
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     _check_ranges(config)
-    if check:
-        validate(config)
     return config
 
 
@@ -73,7 +80,8 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Fi
             yield name, value, field
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file, of which nothing but plain data is accepted; raises ConfigError naming the file."""
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -129,6 +137,7 @@ def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:
                 f"{prefix}{key}: unknown setting; {hint}legal in {prefix.rstrip('.') or 'the top level'}: "
                 + ", ".join(fields)
             )
+        _refuse_interpolation(f"{prefix}{key}", value)
         child = fields[key].default_factory
         if isinstance(child, type) and dataclasses.is_dataclass(child):
             if value is None:
@@ -144,9 +153,16 @@ def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:
                 raise ConfigError(f"{prefix}{key} = {value!r}: not a number") from None
 
 
-def _check_ranges(config: Config) -> None:
+def _refuse_interpolation(name: str, value: Any) -> None:
+    """OmegaConf would expand ${oc.env:NAME}, and with it put secrets of the environment into saved settings."""
+    texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    if any(isinstance(text, str) and "${" in text for text in texts):
+        raise ConfigError(f"{name} = {value!r}: nothing is expanded in settings; legal: text without '${{'")
+
+
+def _check_ranges(config: Any) -> None:
     for name, value, field in walk(config):
-        if value is None or isinstance(value, (bool, list)):
+        if value is None or isinstance(value, (bool, list, dict)):
             continue
         limits = field.metadata
         bad = (
@@ -189,8 +205,8 @@ def legal_values(field: dataclasses.Field[Any]) -> str:
     return kind + (" or null" if "Optional" in text else "")
 
 
-def _legal(name: str) -> str:
-    for setting, _, field in walk(Config()):
+def _legal(name: str, schema: type) -> str:
+    for setting, _, field in walk(schema()):
         if setting == name or name.startswith(setting + "["):
             return legal_values(field)
     return "see `ultramem config`"
