@@ -23,6 +23,10 @@ class CheckpointError(UserError):
     on_every_rank = True
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are missing, or are not what was written."""
+
+
 class TrainingError(UserError):
     """Training cannot go on (for example a loss that is not finite)."""
 

@@ -342,12 +342,15 @@ class CheckpointConfig:
     dir: Optional[str] = setting(None, "Folder of checkpoints; null: <run_dir>/checkpoints.")
     interval: int = setting(0, "Save every N steps; 0: only at the end.", minimum=0)
     keep_last: int = setting(3, "Checkpoints kept; 0: all.", minimum=0)
+    keep_every: int = setting(0, "Checkpoints of multiples of this step are kept beside them; 0: none.", minimum=0)
     async_save: bool = setting(False, "Write in the background while training goes on.")
+    async_timeout_minutes: float = setting(60.0, "A background save that takes longer has failed.", above=0)
     load: str = setting(
         "auto",
-        "auto: resume from the newest checkpoint of this run if there is one; none: start "
-        "afresh; or the path of a checkpoint.",
+        "auto: resume from the newest checkpoint of this run if there is one, or from the one before if it is damaged; "
+        "none: start afresh; or the path of a checkpoint. A run that is restarted in place goes on from its own.",
     )
+    verify: bool = setting(True, "Compare the files of a checkpoint with their checksums before it is loaded.")
     load_optimizer: bool = setting(True, "Load optimizer, schedule, RNG and data position too; false: weights only.")
 
 

@@ -20,7 +20,8 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.inference.settings import inference_config
 from megatron_ultramem.model.build import build_chunks
 from megatron_ultramem.platform import Platform, prepare, resolve_backend, set_deterministic
-from megatron_ultramem.training.checkpoint import check_loadable, load_weights
+from megatron_ultramem.training.checkpoint import load_weights
+from megatron_ultramem.training.checkpoint_choice import check_loadable
 from megatron_ultramem.training.checkpoint_folder import resolve_checkpoint
 from megatron_ultramem.training.distributed import (
     destroy_distributed,
@@ -136,7 +137,7 @@ def load_model(checkpoint: str | Path, overrides: Sequence[str] = (), *, device:
     backend = resolve_backend(config, platform)
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab_size = vocabulary(config, tokenizer)
-    record = check_loadable(config, folder, tokenizer=tokenizer.identity, vocab_size=vocab_size)
+    record = check_loadable(config, folder, tokenizer=tokenizer.identity, vocab_size=vocab_size, whole_state=False)
     if config.train.deterministic:
         set_deterministic()
     initialize_distributed(config, platform)

@@ -1,16 +1,18 @@
 """Saves and loads the checkpoints of a run: synchronous or in the background, atomic, under any layout.
 
-`checkpoint_folder.py` says what lies on the disk, `checkpoint_state.py` what a checkpoint holds.
+`checkpoint_folder.py` says what lies on the disk, `checkpoint_state.py` what a checkpoint holds, `checkpoint_choice.py`
+which one a run resumes from.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ultramem.compat import separate_step_counters
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.errors import CheckpointError
+from megatron_ultramem.errors import CheckpointError, DamagedCheckpointError, UserError
 from megatron_ultramem.model.build import memory_layers
+from megatron_ultramem.training import checkpoint_choice as choice
 from megatron_ultramem.training import checkpoint_folder as folders
 from megatron_ultramem.training import checkpoint_state as contents
+from megatron_ultramem.training import checksums
 from megatron_ultramem.training.optimizer import whole_parameters
-
-logger = logging.getLogger(__name__)
+from megatron_ultramem.training.restarts import launch_id
 
 
 @dataclass
@@ -43,6 +46,15 @@ class Position:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint on its way to the disk."""
+
+    draft: Path  # where it is written
+    target: Path  # its name once it is whole
+    began: float  # of time.monotonic
 
 
 class CheckpointManager:
@@ -72,54 +84,78 @@ class CheckpointManager:
         self.folder = folders.checkpoint_dir(config)
         self.last_saved: Path | None = None
         self._shuffles = _shuffles(model)
+        self._hosts: list[str] = contents.all_gather(socket.gethostname())
         self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
-        self._in_background: Path | None = None
+        self._in_background: Save | None = None
 
     def resume(self) -> Position:
-        """Clears away what a killed run left, loads what checkpoint.load asks for, and returns where to go on from."""
+        """Clears away what a killed run left, loads what checkpoint.load asks for, and returns where to go on from.
+
+        With checkpoint.load=auto a damaged checkpoint is renamed and gives way to the one before, with a warning.
+        Raises CheckpointError if none is left.
+        """
         self._on_rank_0(lambda: folders.remove_leftovers(self.folder), f"checkpoint folder {self.folder}")
-        wanted = folders.wanted_checkpoint(self.config)
-        return Position() if wanted is None else self.load(wanted)
+        wanted, whole_state = choice.wanted(self.config)
+        damaged: dict[Path, str] = {}
+        for folder in wanted:
+            if damage := choice.find_damage(folder, checks_files=self.config.checkpoint.verify):
+                damaged[folder] = damage
+                continue
+            for bad, damage in damaged.items():
+                choice.warn(f"{damage}; it is renamed to {bad.name}.damaged, and {folder.name} is taken instead")
+                self._on_rank_0(partial(folders.set_aside, bad), f"checkpoint {bad} cannot be renamed")
+            return self.load(folder, whole_state)
+        if damaged:
+            raise DamagedCheckpointError(
+                f"{next(iter(damaged.values()))}; there is no other to go on from; legal: another one as "
+                "checkpoint.load, or checkpoint.load=none, which starts afresh"
+            )
+        return Position()
 
     def save(self, position: Position) -> Path:
         """Saves everything that a bitwise resume needs; returns the folder that (once finished) holds it."""
         self.finish(blocking=True)  # one background save at a time
         target = self.folder / f"step_{position.step:08d}"
-        draft = folders.new_draft(target, _shared_token())
-        self._on_rank_0(lambda: draft.mkdir(parents=True), f"checkpoint folder {draft} cannot be written")
+        save = Save(folders.new_draft(target, _shared_token()), target, time.monotonic())
+        self._on_rank_0(lambda: save.draft.mkdir(parents=True), f"checkpoint folder {save.draft} cannot be written")
         record = self._record(position)
-
-        def publish() -> None:
-            self._publish(draft, target, record)
-
-        with whole_parameters(self.chunks), self._write_errors(target):
+        with whole_parameters(self.chunks), self._write_errors(save):
             state: dict[str, Any] = contents.model_state(self.model)
             state.update(contents.training_state(state, self.optimizer, loading=False))
             request = dist_checkpointing.save(
                 state,
-                str(draft),
-                async_sharded_save=self._queue is not None,
+                str(save.draft),
+                async_sharded_save=True,
                 content_metadata={**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA},
             )
+            assert isinstance(request, AsyncRequest)
+            if request.async_fn is not None:  # this rank has something to write
+                request = request._replace(async_fn=partial(checksums.write_and_sum, request.async_fn))
+            request.add_finalize_fn(lambda: self._publish(save, record))
             if self._queue is not None:
-                assert isinstance(request, AsyncRequest)
-                request.add_finalize_fn(publish)
                 self._queue.schedule_async_request(request)
-                self._in_background = target
-        if self._queue is None:
-            publish()
+                self._in_background = save
+            else:
+                request.execute_sync()
         return target
 
     def finish(self, blocking: bool = False) -> None:
         """Publishes a background save that is done; with `blocking`, waits for it.
 
-        Raises CheckpointError if it failed.
+        Raises CheckpointError if it failed, or has not ended within checkpoint.async_timeout_minutes.
         """
-        if self._queue is not None and self._in_background is not None:
-            with self._write_errors(self._in_background):
-                self._queue.maybe_finalize_async_calls(blocking=blocking)
-            if self._queue.get_num_unfinalized_calls() == 0:
-                self._in_background = None
+        while self._queue is not None and (save := self._in_background) is not None:
+            with self._write_errors(save):
+                self._queue.maybe_finalize_async_calls()
+                minutes = (time.monotonic() - save.began) / 60
+                if self._queue.get_num_unfinalized_calls() == 0:
+                    self._in_background = None
+                elif minutes > (limit := self.config.checkpoint.async_timeout_minutes):
+                    raise TimeoutError(f"not finished after checkpoint.async_timeout_minutes = {limit:g}")
+                elif not blocking:
+                    return
+                else:
+                    time.sleep(0.02)
 
     def close(self) -> None:
         """Waits for a background save and ends its worker."""
@@ -127,13 +163,15 @@ class CheckpointManager:
         if self._queue is not None:
             self._queue.close()
 
-    def load(self, folder: Path) -> Position:
-        """Loads a checkpoint, under any layout.
+    def load(self, folder: Path, whole_state: bool = True) -> Position:
+        """Loads a checkpoint, under any layout; without `whole_state` its weights alone.
 
         Raises CheckpointError, with nothing changed on disk, for one of another model or tokenizer, or a damaged one.
         """
-        record = check_loadable(self.config, folder, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
-        if not self.config.checkpoint.load_optimizer:
+        record = choice.check_loadable(
+            self.config, folder, tokenizer=self.tokenizer, vocab_size=self.vocab_size, whole_state=whole_state
+        )
+        if not whole_state:
             load_weights(folder, record, self.model)
             self.optimizer.reload_model_params()
             return Position()
@@ -163,16 +201,29 @@ class CheckpointManager:
             shuffles=contents.merged_over_ranks(self._shuffles),
             versions=contents.versions(),
             saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            launch=launch_id(),
         )
 
-    def _publish(self, draft: Path, target: Path, record: folders.Record) -> None:
-        def complete() -> None:
-            save_config(self.config, draft / "config.yaml")
-            (draft / "run.json").write_text(record.to_json())
-            folders.publish(draft, target, self.config.checkpoint.keep_last)
+    def _publish(self, save: Save, record: folders.Record) -> None:
+        part, failure = {}, None
+        try:
+            part = checksums.take_part(save.draft, torch.distributed.get_rank())
+        except (OSError, ValueError) as error:
+            failure = contents.reason(error)
+        parts = contents.all_gather((part, failure))
 
-        self._on_rank_0(complete, f"checkpoint {target} cannot be written")
-        self.last_saved = target
+        def complete() -> None:
+            if failures := [failure for _, failure in parts if failure]:
+                raise OSError(failures[0])
+            save_config(self.config, save.draft / "config.yaml")
+            (save.draft / "run.json").write_text(record.to_json())
+            checksums.complete_sums(save.draft, {name: digest for part, _ in parts for name, digest in part.items()})
+            folders.publish(
+                save.draft, save.target, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
+            )
+
+        self._on_rank_0(complete, f"checkpoint {save.target} cannot be written")
+        self.last_saved = save.target
 
     def _on_rank_0(self, action: Callable[[], object], what: str) -> None:
         """Runs a file operation on rank 0; its failure is every rank's CheckpointError instead of a hang."""
@@ -181,65 +232,54 @@ class CheckpointManager:
             try:
                 action()
             except OSError as error:
-                failure = f"{what}: {contents.reason(error)}; {self._last_good()}"
+                failure = f"{what}: {contents.reason(error)} (rank 0 on {self._hosts[0]}); {self._last_good()}"
         contents.raise_alike(failure)
 
     @contextmanager
-    def _write_errors(self, target: Path) -> Iterator[None]:
+    def _write_errors(self, save: Save) -> Iterator[None]:
         """Makes what writing raises a CheckpointError. Writers report to every rank; other failures are one rank's."""
         try:
             yield
-        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-            self._in_background = None
+        except (CheckpointException, CheckpointingException, UserError, OSError, EOFError, RuntimeError) as error:
+            self._give_up_background_save()
+            if torch.distributed.get_rank() == 0:
+                folders.discard(save.draft)
+            if isinstance(error, UserError):
+                raise
             failure = CheckpointError(
-                f"checkpoint {target} cannot be written: {contents.reason(error)}; {self._last_good()}"
+                f"checkpoint {save.target} cannot be written: {contents.reason(error)} ({self._culprit(error)}); "
+                f"{self._last_good()}"
             )
             failure.on_every_rank = isinstance(error, CheckpointException)
             raise failure from error
+
+    def _give_up_background_save(self) -> None:
+        """Ends its writer, for which Python would wait at exit, however long it hangs."""
+        self._in_background = None
+        for call in self._queue.async_calls if self._queue is not None else ():
+            call.async_caller.close(abort=True)
+
+    def _culprit(self, error: BaseException) -> str:
+        """The rank where writing failed, as far as this one knows, and its host."""
+        failed = error.failures if isinstance(error, CheckpointException) else {}
+        ranks = sorted(failed) or [torch.distributed.get_rank()]
+        return ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks)
 
     def _last_good(self) -> str:
         return f"last good checkpoint: {self.last_saved or 'none'}"
 
     def _warn_of_changes(self, folder: Path, record: folders.Record, with_rng: bool) -> None:
-        if torch.distributed.get_rank() != 0:
-            return
         if not with_rng:
-            logger.warning(
-                "checkpoint %s was saved under %s, this run has %s: random states do not fit and start afresh, so "
-                "dropout goes on with other random numbers",
-                folder,
-                contents.words(record.layout),
-                contents.words(contents.layout(self.config)),
+            choice.warn(
+                f"checkpoint {folder} was saved under {contents.words(record.layout)}, this run has "
+                f"{contents.words(contents.layout(self.config))}: random states do not fit and start afresh, so "
+                "dropout goes on with other random numbers"
             )
         if changed := contents.changed_data_order(self.config, folder):
-            logger.warning(
-                "settings that decide the order of the data differ from those of checkpoint %s (%s): samples may be "
-                "read again or left out",
-                folder,
-                "; ".join(changed),
+            choice.warn(
+                f"settings that decide the order of the data differ from those of checkpoint {folder} "
+                f"({'; '.join(changed)}): samples may be read again or left out"
             )
-
-
-def check_loadable(config: Config, folder: Path, *, tokenizer: str, vocab_size: int) -> folders.Record:
-    """What can be known to be wrong with loading a checkpoint before a process group or a model exists.
-
-    Raises CheckpointError for missing or damaged files, another model (naming the settings) or another tokenizer.
-    """
-    record = folders.read_record(folder)
-    contents.check_same_model(config, folder)
-    if config.checkpoint.load_optimizer:
-        if record.weights_only:
-            raise CheckpointError(
-                f"checkpoint {folder} holds weights alone: it was converted; legal: checkpoint.load_optimizer=false"
-            )
-        contents.check_same_optimizer(config, folder)
-    if (record.vocab_size, record.tokenizer) != (vocab_size, tokenizer):
-        raise CheckpointError(
-            f"checkpoint {folder} was trained with another tokenizer (vocabulary {record.vocab_size}, "
-            f"{record.tokenizer}) than data.tokenizer (vocabulary {vocab_size}, {tokenizer}); "
-            "legal: the tokenizer of the checkpoint, or checkpoint.load=none in another train.run_dir"
-        )
-    return record
 
 
 def load_weights(folder: Path, record: folders.Record, model: list[GPTModel]) -> None:

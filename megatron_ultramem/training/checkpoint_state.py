@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import megatron.core
 import numpy as np
@@ -26,8 +26,10 @@ from megatron_ultramem import __version__
 from megatron_ultramem.compat import padding_kept, share_step
 from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.errors import CheckpointError
+from megatron_ultramem.errors import CheckpointError, UserError
 from megatron_ultramem.training.checkpoint_folder import Record, read_config
+
+Decision = TypeVar("Decision")
 
 # Makes the optimizer's state independent of the layout (MegatronCore's own default cannot be saved by it).
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -247,7 +249,7 @@ def reason(error: BaseException) -> str:
 
 def raise_alike(failure: str | None) -> None:
     """Raises CheckpointError with the first rank's failure on every rank, if there is one. Collective."""
-    failures = _all_gather(failure)
+    failures = all_gather(failure)
     for found in failures:
         if found:
             raise CheckpointError(found)
@@ -255,11 +257,26 @@ def raise_alike(failure: str | None) -> None:
 
 def merged_over_ranks(mapping: Mapping[str, str]) -> dict[str, str]:
     """The union of every rank's mapping, sorted by number. Collective."""
-    merged = {key: value for found in _all_gather(dict(mapping)) for key, value in found.items()}
+    merged = {key: value for found in all_gather(dict(mapping)) for key, value in found.items()}
     return dict(sorted(merged.items(), key=lambda item: int(item[0])))
 
 
-def _all_gather(value: Any) -> list[Any]:
+def from_rank_0(decide: Callable[[], Decision]) -> Decision:
+    """What rank 0 decides, on every rank; a UserError there is raised on every rank too. Collective."""
+    answer: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = error
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return cast(Decision, answer[0])
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order. Collective."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered

@@ -18,8 +18,9 @@ from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.model.build import build_chunks
 from megatron_ultramem.platform import Platform, prepare, resolve_backend, seed_everything, set_deterministic
-from megatron_ultramem.training.checkpoint import CheckpointManager, Position, check_loadable
-from megatron_ultramem.training.checkpoint_folder import check_writable, checkpoint_dir, wanted_checkpoint
+from megatron_ultramem.training.checkpoint import CheckpointManager, Position
+from megatron_ultramem.training.checkpoint_choice import check_wanted
+from megatron_ultramem.training.checkpoint_folder import check_writable, checkpoint_dir
 from megatron_ultramem.training.data import BatchIterator, build_datasets, check_data, sample_counts
 from megatron_ultramem.training.distributed import initialize_distributed, world_size_from_environment
 from megatron_ultramem.training.memory_hooks import MemoryHooks
@@ -66,8 +67,7 @@ def set_up(config: Config) -> Run:
     check_data(config, tokenizer)
     check_writable(Path(config.train.run_dir), "train.run_dir")
     check_writable(checkpoint_dir(config), "checkpoint.dir")
-    if (checkpoint := wanted_checkpoint(config)) is not None:
-        check_loadable(config, checkpoint, tokenizer=tokenizer.identity, vocab_size=vocab_size)
+    check_wanted(config, tokenizer=tokenizer.identity, vocab_size=vocab_size)
     if config.train.deterministic:
         set_deterministic()
 

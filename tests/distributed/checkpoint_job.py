@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.errors import UserError
-from megatron_ultramem.training import checkpoint
+from megatron_ultramem.training import checkpoint_choice
 from megatron_ultramem.training.checkpoint_state import model_state, training_state
 from megatron_ultramem.training.loop import train_step
 from megatron_ultramem.training.optimizer import whole_parameters
@@ -116,11 +116,11 @@ def captured_warnings() -> Iterator[list[str]]:
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    checkpoint.logger.addHandler(handler)
+    checkpoint_choice.logger.addHandler(handler)
     try:
         yield warnings
     finally:
-        checkpoint.logger.removeHandler(handler)
+        checkpoint_choice.logger.removeHandler(handler)
 
 
 def _shards(run: Run) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]:

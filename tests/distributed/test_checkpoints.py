@@ -162,12 +162,13 @@ def test_keep_last_and_branches_left_behind(pool: WorkerPool, settings: list[str
         (folder / leftover / "file").write_text("x")
     (folder / ".write-test-1").write_text("x")
     pool.run(2, train_and_save, [*settings, "checkpoint.keep_last=2"], 4, (1, 2, 3, 4))
-    assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000004"]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000003", "step_00000004"]
     # Back to step 3: what follows now is another branch, and its checkpoints are the newest.
     back = [*settings, "checkpoint.keep_last=2", f"checkpoint.load={folder / 'step_00000003'}"]
     (result,) = pool.run(1, train_and_save, back, 4, (4,))
     assert result["first_step"] == 3
     assert sorted(path.name for path in folder.iterdir()) == [
+        "latest",
         "step_00000003",
         "step_00000004",
         "step_00000004.abandoned",
@@ -192,6 +193,7 @@ def _edit_config(folder: Path, copy: Path, section: str, **changes: object) -> P
     tree = yaml.safe_load((copy / "config.yaml").read_text())
     tree[section].update(changes)
     (copy / "config.yaml").write_text(yaml.safe_dump(tree))
+    (copy / "SHA256SUMS").unlink()
     return copy
 
 

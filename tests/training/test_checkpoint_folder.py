@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -16,17 +17,21 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.errors import CheckpointError
 from megatron_ultramem.training.checkpoint_folder import (
+    LATEST,
     Record,
     check_writable,
     list_checkpoints,
     new_draft,
+    own_checkpoints,
     publish,
     read_config,
     read_record,
     remove_leftovers,
     resolve_checkpoint,
-    wanted_checkpoint,
+    set_aside,
+    wanted_checkpoints,
 )
+from megatron_ultramem.training.restarts import launch_id
 
 RECORD = Record(
     step=3,
@@ -55,9 +60,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def publish_new(folder: Path, step: int, keep_last: int = 0) -> None:
+def publish_new(folder: Path, step: int, keep_last: int = 0, keep_every: int = 0) -> None:
     target = folder / f"step_{step:08d}"
-    publish(make_whole(new_draft(target, "token"), step), target, keep_last)
+    publish(make_whole(new_draft(target, "token"), step), target, keep_last, keep_every)
+    assert (folder / LATEST).resolve() == target == resolve_checkpoint(folder / LATEST)
 
 
 def test_only_published_folders_count(tmp_path: Path) -> None:
@@ -77,17 +83,46 @@ def test_a_checkpoint_is_found_from_its_folder_its_parent_and_the_run(tmp_path: 
         resolve_checkpoint(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize(("load", "step"), [("auto", 20), ("none", None), ("path", 3)])
-def test_what_checkpoint_load_asks_for(tmp_path: Path, load: str, step: int | None) -> None:
+@pytest.mark.parametrize(("load", "steps"), [("auto", [20, 3]), ("none", []), ("path", [3])])
+def test_what_checkpoint_load_asks_for(tmp_path: Path, load: str, steps: list[int]) -> None:
     make_whole(tmp_path / "checkpoints" / "step_00000020", 20)
     old = make_whole(tmp_path / "checkpoints" / "step_00000003", 3)
     wish = str(old) if load == "path" else load
-    found = wanted_checkpoint(load_config(None, [f"train.run_dir={tmp_path}", f"checkpoint.load={wish}"]))
-    assert (found and read_record(found).step) == step
+    found = wanted_checkpoints(load_config(None, [f"train.run_dir={tmp_path}", f"checkpoint.load={wish}"]))
+    assert [read_record(path).step for path in found] == steps
 
 
 def test_a_fresh_run_has_nothing_to_resume(tmp_path: Path) -> None:
-    assert wanted_checkpoint(load_config(None, [f"train.run_dir={tmp_path}"])) is None
+    assert wanted_checkpoints(load_config(None, [f"train.run_dir={tmp_path}"])) == []
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm", "none"])
+def test_a_restarted_launch_knows_its_own_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher == "slurm":
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+    elif launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    config = load_config(None, [f"train.run_dir={tmp_path}", "checkpoint.load=none"])
+    for step, launch in ((4, launch_id()), (5, launch_id()), (6, "another"), (7, "")):
+        folder = make_whole(tmp_path / "checkpoints" / f"step_{step:08d}", step)
+        (folder / "run.json").write_text(replace(RECORD, step=step, launch=launch).to_json())
+    assert own_checkpoints(config) == []  # the first time
+    restarts = "SLURM_RESTART_COUNT" if launcher == "slurm" else "TORCHELASTIC_RESTART_COUNT"
+    monkeypatch.setenv(restarts, "1")
+    expected = [] if launcher == "none" else [5, 4]
+    assert [read_record(path).step for path in own_checkpoints(config)] == expected
+
+
+def test_a_record_of_before_launches_were_recorded_is_read(tmp_path: Path) -> None:
+    folder = make_whole(tmp_path / "step_00000003", 3)
+    content = json.loads(RECORD.to_json())
+    del content["launch"]
+    (folder / "run.json").write_text(json.dumps(content))
+    assert read_record(folder) == RECORD
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
@@ -140,7 +175,13 @@ def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
 def test_the_last_k_are_kept(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
     for step in (1, 2, 3, 4):
         publish_new(tmp_path, step, keep_last)
-    assert names(tmp_path) == [f"step_{step:08d}" for step in kept]
+    assert names(tmp_path) == [LATEST, *(f"step_{step:08d}" for step in kept)]
+
+
+def test_multiples_are_kept_beside_the_last(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        publish_new(tmp_path, step, keep_last=2, keep_every=3)
+    assert names(tmp_path) == [LATEST, *(f"step_{step:08d}" for step in (3, 6, 8, 9))]
 
 
 def test_a_branch_left_behind_is_kept_aside(tmp_path: Path) -> None:
@@ -149,6 +190,7 @@ def test_a_branch_left_behind_is_kept_aside(tmp_path: Path) -> None:
     for _ in range(2):
         publish_new(tmp_path, 2, keep_last=1)
     assert names(tmp_path) == [
+        LATEST,
         "step_00000002",
         "step_00000002.abandoned",
         "step_00000002.abandoned-2",
@@ -160,9 +202,45 @@ def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path) -
     for name in (".saving-step_00000004-aa", ".deleting-step_00000001", "step_00000003", "step_00000009.abandoned"):
         make_whole(tmp_path / name, 1)
     (tmp_path / ".write-test-123").write_text("x")
+    (tmp_path / ".latest-123").symlink_to("step_00000003")
+    (tmp_path / LATEST).symlink_to("step_00000001")
     (tmp_path / "notes.txt").write_text("mine")
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["notes.txt", "step_00000003", "step_00000009.abandoned"]
+    assert names(tmp_path) == [LATEST, "notes.txt", "step_00000003", "step_00000009.abandoned"]
+    assert (tmp_path / LATEST).resolve() == tmp_path / "step_00000003"
+
+
+def test_latest_goes_with_the_last_checkpoint(tmp_path: Path) -> None:
+    make_whole(tmp_path / "step_00000003.abandoned", 3)
+    (tmp_path / LATEST).symlink_to("step_00000003")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step_00000003.abandoned"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_latest_leads_to_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        publish_new(tmp_path, step)
+    assert set_aside(tmp_path / "step_00000002") == tmp_path / "step_00000002.damaged"
+    assert names(tmp_path) == [LATEST, "step_00000001", "step_00000002.damaged"]
+    assert (tmp_path / LATEST).resolve() == tmp_path / "step_00000001"
+    publish_new(tmp_path, 2)
+    assert set_aside(tmp_path / "step_00000002") == tmp_path / "step_00000002.damaged-2"
+
+
+def test_a_copy_of_a_checkpoint_in_the_place_of_latest_is_moved_away(tmp_path: Path) -> None:
+    make_whole(tmp_path / LATEST, 1)
+    publish_new(tmp_path, 2)
+    assert names(tmp_path) == [LATEST, "latest.copied", "step_00000002"]
+
+
+def test_where_links_cannot_be_made_there_is_no_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    target = tmp_path / "step_00000001"
+    publish(make_whole(new_draft(target, "token"), 1), target, 1)
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def killed_at_file_operation(number: int, action: Callable[[], None]) -> bool:
@@ -206,7 +284,9 @@ def test_a_kill_at_any_file_operation_leaves_whole_checkpoints_alone(tmp_path: P
             for path in whole:
                 assert read_record(path).step == int(path.name.removeprefix("step_"))
                 assert len(list(path.iterdir())) == 7
+            assert (folder / LATEST).resolve() in whole, f"killed at file operation {kills}: latest is wrong"
             remove_leftovers(folder)
+            assert (folder / LATEST).resolve() == whole[-1]
         if not killed:
             break
         kills += 1
