@@ -28,14 +28,29 @@ def setting(
 
 @dataclass
 class MemoryConfig:
-    """The memory layers (UltraMemV2, arXiv 2508.18756)."""
+    """The memory layers. Settings of one kind alone say so; another kind refuses them."""
 
-    kind: str = setting("ultramem_v2", "Memory layer.", choices=("ultramem_v2",))
+    kind: str = setting(
+        "ultramem_v2",
+        "Memory layer: UltraMemV2 (arXiv 2508.18756), UltraMem (2411.12364), Memory+ (2412.09764), PKM (1907.05242) "
+        "or PEER (2407.04153).",
+        choices=("ultramem_v2", "ultramem", "memory_plus", "pkm", "peer"),
+    )
     layers: str = setting("all", "Layers (from 0) that get a memory layer: 'all', 'none', or a list such as '0,2,5-8'.")
+    replaces_ffn: Optional[bool] = setting(
+        None,
+        "A block with memory has no FFN; false: memory stands beside the FFN or MoE. null: true for memory_plus, pkm "
+        "and peer.",
+    )
+    join_layers: Optional[str] = setting(
+        None,
+        "ultramem: layers where the outputs of `layers` are added, one for each in order, on the same pipeline stage: "
+        "layers=3,8 join_layers=7,12 reads block 3 and adds to block 7; null: the layers themselves.",
+    )
     num_keys: int = setting(
         360,
         "n: keys per side of ONE layer's table, so that the table has n*n rows; a layer that sees g tables has "
-        "floor(sqrt(g)*n) keys per side.",
+        "floor(sqrt(g)*n) keys per side, one of ultramem floor(sqrt(value_expansion)*n).",
         minimum=1,
     )
     key_dim: int = setting(192, "Dk: width of a key and of a query half.", minimum=1)
@@ -46,8 +61,14 @@ class MemoryConfig:
     )
     query_per_rank: bool = setting(
         True,
-        "Separate queries for every Tucker rank and side (paper); false: one query "
-        "per side shared by the ranks (released code).",
+        "ultramem_v2: separate queries for every Tucker rank and side (paper); false: one query per side shared by "
+        "the ranks (released code), as ultramem always has.",
+    )
+    query_norm: Optional[str] = setting(
+        None,
+        "memory_plus, pkm, peer: rms (queries and keys), batch (queries, over the tokens of a micro-batch) or none; "
+        "null: rms for memory_plus, batch for pkm and peer.",
+        choices=("rms", "batch", "none"),
     )
     top_m: int = setting(32, "m: values activated per token and head.", minimum=1)
     coarse_top_k: Optional[int] = setting(
@@ -55,15 +76,25 @@ class MemoryConfig:
         "Cap on the candidates per side in the coarse pass: k = min(n, top_m, coarse_top_k); null: no cap.",
         minimum=1,
     )
-    value_dim: int = setting(192, "Dv: width of a value row.", minimum=1)
-    pre_value_dim: int = setting(192, "Dp: width of a pre-value row (PEER-style values).", minimum=1)
-    activation: str = setting("none", "Activation on the pre-value dot product.", choices=("none", "gelu"))
+    value_dim: int = setting(192, "Dv: width of a value row; hidden_size for pkm and peer.", minimum=1)
+    pre_value_dim: int = setting(
+        192, "ultramem_v2, peer: Dp, width of a pre-value row; hidden_size for peer.", minimum=1
+    )
+    activation: str = setting(
+        "none",
+        "ultramem_v2: activation on the pre-value dot product (peer's is always gelu).",
+        choices=("none", "gelu"),
+    )
+    value_expansion: int = setting(
+        4, "ultramem: E, virtual blocks over one table (implicit value expansion), each with its projection.", minimum=1
+    )
     sharing: str = setting("none", "How layers share value tables.", choices=("none", "block", "ring", "no_ring"))
     share_size: int = setting(1, "g: tables that one layer sees.", minimum=1)
     pool_size: Optional[int] = setting(
         None,
         "Memory layers per pool of tables; a pool lives on one pipeline stage. null: 1 for sharing=none, "
-        "share_size for block, all memory layers for ring and no_ring.",
+        "share_size for block, all memory layers for ring and no_ring. memory_plus: layers that share one table; "
+        "null: all.",
         minimum=1,
     )
     window: str = setting(
@@ -84,8 +115,8 @@ class MemoryConfig:
         "paper", "Initialisation: the paper's derived one, or the released code's.", choices=("paper", "released")
     )
     balance_loss_coeff: float = setting(0.0, "Weight of the balance loss on coarse key selection; 0: off.", minimum=0)
-    tucker_penalty_coeff: float = setting(
-        0.0, "Weight of the Tucker penalty (0.001 in UltraMem v1); 0: off.", minimum=0
+    tucker_penalty_coeff: Optional[float] = setting(
+        None, "Weight of the Tucker penalty; 0: off. null: 0.001 for ultramem, 0 for ultramem_v2.", minimum=0
     )
     tucker_penalty_threshold: float = setting(0.15, "Singular values below this are not penalised.", minimum=0)
     recompute: bool = setting(
@@ -281,6 +312,9 @@ class OptimizerConfig:
         1.0, "Learning rate of value tables: multiplier 1 + (times-1)*max(0, 1 - step/(steps*value_lr_rate)).", above=0
     )
     value_lr_rate: float = setting(1.0, "Share of the run over which that multiplier falls to 1.", above=0)
+    value_lr: Optional[float] = setting(
+        None, "Fixed learning rate of value tables, instead of those two (Memory+: 1e-3).", above=0
+    )
     value_weight_decay: Optional[float] = setting(None, "Weight decay of value tables; null: weight_decay.", minimum=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.validate_blocks import validate_blocks
 from megatron_ultramem.config.validate_memory import expert_group_size, validate_memory_parallel
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
@@ -15,6 +16,7 @@ def validate(config: Config, *, training: bool = True) -> None:
     """
     _validate_model(config)
     _validate_parallel(config, training)
+    validate_blocks(config, stage_of_layer(config))
     _validate_pools(config)
     validate_memory_parallel(config)
     _validate_batches(config)
@@ -224,7 +226,12 @@ def _validate_batches(config: Config) -> None:
 
 
 def _validate_rest(config: Config) -> None:
-    s, d = config.schedule, config.data
+    s, d, o = config.schedule, config.data, config.optimizer
+    if o.value_lr is not None and o.value_lr_times != 1.0:
+        raise ConfigError(
+            f"optimizer.value_lr_times = {o.value_lr_times} would be ignored with optimizer.value_lr = {o.value_lr}; "
+            "legal: 1, or value_lr = null"
+        )
     decay_steps = s.decay_steps or config.train.steps
     if s.kind != "constant" and s.warmup_steps >= decay_steps:
         raise ConfigError(

@@ -1,6 +1,7 @@
-"""The UltraMemV2 memory layer (arXiv 2508.18756): mathematics only, no parallelism and no Megatron.
+"""Memory layers: UltraMemV2 (arXiv 2508.18756) and its baselines, mathematics only, no parallelism and no Megatron.
 
-    x -> query_proj -> retrieval (indices, scores) -> shuffle + window -> lookup in the value pool -> value_proj -> out
+    x -> query_proj -> retrieval (indices, scores) -> shuffle + window -> lookup in the value pool -> projection -> out
 
-`geometry` needs no torch, so that planning tools can import it anywhere.
+`kinds` says what tells the kinds apart, `build` has their classes. `geometry` and `kinds` need no torch, so that
+planning tools can import them anywhere.
 """

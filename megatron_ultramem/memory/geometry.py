@@ -2,7 +2,8 @@
 
 A *pool* is the set of value tables of a group of consecutive memory layers, one table of n*n rows per layer. A layer
 sees g (`share_size`) of them through floor(sqrt(g)*n) keys per side. A virtual row v (after the shuffle) is the
-physical row `(v + offset) mod rows` of the pool.
+physical row `(v + offset) mod rows` of the pool. Two kinds differ: layers of a `memory_plus` pool see one and the same
+table, and a table of `ultramem` is seen E (`value_expansion`) times over, through floor(sqrt(E)*n) keys per side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.memory.kinds import blocks, kind_of, num_cores, tucker_penalty
 
 if TYPE_CHECKING:  # the config package checks its settings with this module: importing it here would be a circle
     from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
@@ -22,7 +24,8 @@ class Pool:
     """The tables of one group of memory layers. All sizes are in rows, `keys_per_side` in keys.
 
     `virtual_rows` (keys_per_side squared) may be a little smaller than the g*table_rows of the window, because keys
-    per side are a whole number. Rows from `rows` up to `padded_rows` are padding and are never looked up.
+    per side are a whole number, and is larger than `rows` where a table is seen several times over. Rows from `rows` up
+    to `padded_rows` are padding and are never looked up.
     """
 
     index: int
@@ -63,6 +66,31 @@ def parse_layers(spec: str, num_layers: int, setting: str) -> list[int]:
     return sorted(layers)
 
 
+def join_layers(model: ModelConfig) -> dict[int, int]:
+    """For every memory layer, the block that its output is added to: its own, or as `model.memory.join_layers` says.
+
+    Raises ConfigError if that does not name a later block (or the same) for each.
+    """
+    memory = model.memory
+    layers = parse_layers(memory.layers, model.num_layers, "model.memory.layers")
+    if memory.join_layers is None:
+        return {layer: layer for layer in layers}
+    joined = parse_layers(memory.join_layers, model.num_layers, "model.memory.join_layers")
+    shown = f"model.memory.join_layers={memory.join_layers!r}"
+    if len(joined) != len(layers):
+        raise ConfigError(
+            f"{shown} names {len(joined)} blocks for the {len(layers)} memory layers (model.memory.layers="
+            f"{memory.layers!r}); legal: a different one for each, in the same order, or null"
+        )
+    for layer, block in zip(layers, joined, strict=True):
+        if block < layer:
+            raise ConfigError(
+                f"{shown} adds memory that reads block {layer} to block {block}, which comes before it; "
+                f"legal: {layer} or later"
+            )
+    return dict(zip(layers, joined, strict=True))
+
+
 def coarse_k(config: MemoryConfig, keys_per_side: int) -> int:
     """Candidates per side in the coarse pass: min(keys per side, top_m, coarse_top_k)."""
     cap = keys_per_side if config.coarse_top_k is None else config.coarse_top_k
@@ -79,16 +107,20 @@ def plan_pools(model: ModelConfig) -> list[Pool]:
     if not layers:
         return []
     pool_size = _pool_size(config, len(layers))
+    num_tables = 1 if kind_of(config).one_table else pool_size
     table_rows = config.num_keys**2
-    rows = pool_size * table_rows
-    keys_per_side = math.isqrt(config.share_size * table_rows)
-    _check_widths(config, keys_per_side)
-    offsets = tuple(_window_start(config, position, pool_size) * table_rows for position in range(pool_size))
+    rows = num_tables * table_rows
+    keys_per_side = math.isqrt(config.share_size * blocks(config) * table_rows)
+    _check_widths(config, model.hidden_size, keys_per_side)
+    offsets = tuple(
+        0 if num_tables == 1 else _window_start(config, position, pool_size) * table_rows
+        for position in range(pool_size)
+    )
     return [
         Pool(
             index=index,
             layers=tuple(layers[start : start + pool_size]),
-            num_tables=pool_size,
+            num_tables=num_tables,
             table_rows=table_rows,
             rows=rows,
             padded_rows=-(-rows // config.rows_multiple) * config.rows_multiple,
@@ -117,12 +149,25 @@ def _window_start(config: MemoryConfig, position: int, pool_size: int) -> int:
 def _pool_size(config: MemoryConfig, memory_layers: int) -> int:
     """The pool size that the settings ask for, after checking it against sharing and the number of layers."""
     g, name = config.share_size, "model.memory.pool_size"
+    if config.sharing != "none" and not kind_of(config).shares:
+        own = "all layers of a pool share one table" if kind_of(config).one_table else "every layer has its own table"
+        raise ConfigError(
+            f"model.memory.sharing={config.sharing} with model.memory.kind={config.kind}: {own}; legal: none, or kind="
+            "ultramem_v2, pkm or peer"
+        )
     if config.sharing == "none" and g != 1:
         raise ConfigError(
             f"model.memory.share_size={g} with model.memory.sharing=none: a layer sees only its own table; "
             "legal: share_size=1, or sharing=block, ring or no_ring"
         )
     default = {"none": 1, "block": g}.get(config.sharing, memory_layers)
+    if kind_of(config).one_table:
+        default = memory_layers
+    if config.kind == "ultramem" and config.pool_size not in (None, 1):
+        raise ConfigError(
+            f"{name}={config.pool_size} with model.memory.kind=ultramem: every layer has its own table; "
+            "legal: null or 1"
+        )
     size = default if config.pool_size is None else config.pool_size
     shown = f"{name}={'null' if config.pool_size is None else size}"
     if config.sharing == "block" and size != g:
@@ -142,7 +187,7 @@ def _pool_size(config: MemoryConfig, memory_layers: int) -> int:
     return size
 
 
-def _check_widths(config: MemoryConfig, keys_per_side: int) -> None:
+def _check_widths(config: MemoryConfig, hidden_size: int, keys_per_side: int) -> None:
     virtual_rows = keys_per_side**2
     if config.top_m > virtual_rows:
         raise ConfigError(
@@ -156,13 +201,21 @@ def _check_widths(config: MemoryConfig, keys_per_side: int) -> None:
             f"(model.memory.coarse_top_k={config.coarse_top_k}); legal: top_m up to {k * k}, or coarse_top_k at least "
             f"{math.isqrt(config.top_m - 1) + 1}"
         )
-    if config.value_dim % config.num_cores:
+    if config.value_dim % num_cores(config):
         raise ConfigError(
             f"model.memory.value_dim={config.value_dim} does not divide into model.memory.num_cores="
             f"{config.num_cores} slices; legal: a multiple of {config.num_cores}"
         )
-    if config.tucker_penalty_coeff > 0 and config.tucker_rank == 1:
+    if kind_of(config).tucker and tucker_penalty(config) > 0 and config.tucker_rank == 1:
         raise ConfigError(
-            f"model.memory.tucker_penalty_coeff={config.tucker_penalty_coeff} with model.memory.tucker_rank=1: "
+            f"model.memory.tucker_penalty_coeff={tucker_penalty(config)} with model.memory.tucker_rank=1: "
             "a core of rank 1 has nothing to penalise; legal: tucker_penalty_coeff=0, or tucker_rank of 2 or more"
         )
+    if not kind_of(config).own_widths:
+        names = ("value_dim", "pre_value_dim") if kind_of(config).has_pre_values else ("value_dim",)
+        for name in names:
+            if getattr(config, name) != hidden_size:
+                raise ConfigError(
+                    f"model.memory.{name}={getattr(config, name)} with model.memory.kind={config.kind}, whose values "
+                    f"are as wide as the model; legal: model.hidden_size ({hidden_size})"
+                )

@@ -16,10 +16,12 @@ import torch
 
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import coarse_k
+from megatron_ultramem.memory.kinds import blocks
 
 if TYPE_CHECKING:
     from megatron_ultramem.config.schema import MemoryConfig
 
+RELEASED_VALUE_STD = 0.02
 BLOCK_ELEMENTS = 1 << 23  # fp32 numbers drawn at once: 32 MiB
 
 
@@ -124,7 +126,12 @@ def sigma_v(
 
 
 def retrieval_gain(config: MemoryConfig, keys_per_side: int) -> tuple[float, float]:
-    """(gain, s_s^2) of a layer's query and key norms: Monte-Carlo for init=paper; Dk^-0.4 and 0 for init=released."""
+    """(gain, s_s^2) of a Tucker layer's query and key norms.
+
+    UltraMemV2: Monte-Carlo for init=paper; Dk^-0.4 and 0 for init=released. UltraMem: Dk^-0.33 of its released code.
+    """
+    if config.kind == "ultramem":
+        return config.key_dim**-0.33, 0.0
     if config.init == "released":
         return config.key_dim**-0.4, 0.0
     return monte_carlo_gain(
@@ -136,6 +143,29 @@ def retrieval_gain(config: MemoryConfig, keys_per_side: int) -> tuple[float, flo
         candidates=coarse_k(config, keys_per_side),
         query_per_rank=config.query_per_rank,
     )
+
+
+def table_stds(
+    config: MemoryConfig, *, hidden_size: int, num_layers: int, ffn_ratio: float, keys_per_side: int
+) -> dict[str, float]:
+    """Standard deviations of the tables that a pool of this kind has, by their names.
+
+    ultramem_v2: sigma_V of both, or the released code's. ultramem: values N(0, E/(2 m H L)) (arXiv 2411.12364), with H
+    heads and all L layers of the model. memory_plus and pkm: Dv^-0.5. peer: experts are linears (appendix A).
+    """
+    if config.kind == "ultramem_v2":
+        std = RELEASED_VALUE_STD
+        if config.init == "paper":
+            _, variance = retrieval_gain(config, keys_per_side)
+            std = sigma_v(
+                config, hidden_size=hidden_size, num_layers=num_layers, ffn_ratio=ffn_ratio, score_variance=variance
+            )
+        return {"values": std, "pre_values": std}
+    if config.kind == "ultramem":
+        return {"values": math.sqrt(blocks(config) / (2 * config.top_m * config.num_heads * num_layers))}
+    if config.kind == "peer":
+        return {"values": linear_std(hidden_size), "pre_values": linear_std(hidden_size)}
+    return {"values": config.value_dim**-0.5}
 
 
 @lru_cache(maxsize=64)

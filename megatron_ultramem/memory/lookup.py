@@ -5,6 +5,8 @@
 Gradients of the tables never become autograd tensors where a table has a `main_grad` buffer: the backward adds its
 rows to that buffer in place. Otherwise (small models, gradcheck) ordinary dense gradients are returned.
 
+A table without pre-values has D = 0: `pre_input_TD` and `pre_values` have no columns, and a row's weight is its score.
+
 A `LookupPath` is how pooled values come about: `LocalLookup` here, or an exchange with the ranks that hold the rows
 (package `parallel`). `run_lookup` is the one autograd boundary around any of them.
 
@@ -149,10 +151,15 @@ class LocalLookup:
         values: torch.Tensor,
         pre_values: torch.Tensor,
     ) -> tuple[torch.Tensor, Saved]:
+        saved = Saved((indices_TM, scores_TMC, pre_input_TD))
+        if pre_values.shape[1] == 0:
+            core_width = values.shape[1] // scores_TMC.shape[2]
+            pooled_TV = self.backend.weighted_sum(indices_TM, scores_TMC, values, 0, core_width, self.padded)
+            return pooled_TV.to(pre_input_TD.dtype), saved
         pooled_TV = self.backend.forward(
             indices_TM, scores_TMC, pre_input_TD, values, pre_values, self.activation, self.padded
         )
-        return pooled_TV, Saved((indices_TM, scores_TMC, pre_input_TD))
+        return pooled_TV, saved
 
     def backward(
         self,
@@ -164,6 +171,12 @@ class LocalLookup:
         pre_values_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         indices_TM, scores_TMC, pre_input_TD = saved.tensors
+        if pre_values.shape[1] == 0:
+            core_width = values.shape[1] // scores_TMC.shape[2]
+            grad_scores_TMC = self.backend.weighted_sum_backward(
+                grad_pooled_TV, indices_TM, scores_TMC, values, 0, core_width, values_grad, self.padded
+            )
+            return grad_scores_TMC.to(scores_TMC.dtype), torch.empty_like(pre_input_TD)
         return self.backend.backward(
             grad_pooled_TV,
             indices_TM,

@@ -12,13 +12,14 @@ head (per token in `indices_TM` and `scores_TMC`, where M = heads * top_m), C co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megatron_ultramem.memory.fp32_buffers import Fp32Buffers
 from megatron_ultramem.memory.init import Constant, Normal, Uniform
 from megatron_ultramem.memory.numerics import accumulation_dtype, bmm_accumulated, tokens_per_chunk
 
@@ -44,14 +45,14 @@ def exact_pass(
 
     Returns the keys of both sides [H, S, T, M] (int64) and their side scores [H, S, R, T, M].
     """
-    kept_HSRTK = _gather_keys(side_HSRTN, coarse_HSTK)
+    kept_HSRTK = gather_keys(side_HSRTN, coarse_HSTK)
     row_HRTK, column_HRTK = kept_HSRTK.unbind(1)
     weighted_HRTK = torch.einsum("hatk,hab->hbtk", row_HRTK, core_HRR.to(side_HSRTN.dtype))
     pairs_HTKK = torch.einsum("hrtk,hrtl->htkl", weighted_HRTK, column_HRTK)
     best_HTM = pairs_HTKK.flatten(2).topk(m, dim=-1, sorted=True).indices
     k = coarse_HSTK.shape[-1]
     place_HSTM = torch.stack((best_HTM // k, best_HTM % k), dim=1)
-    return coarse_HSTK.gather(-1, place_HSTM), _gather_keys(kept_HSRTK, place_HSTM)
+    return coarse_HSTK.gather(-1, place_HSTM), gather_keys(kept_HSRTK, place_HSTM)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def select(
     keys_HSTM = torch.empty(H, S, T, m, dtype=torch.int64, device=query_HSRTD.device)
     dtype = accumulation_dtype(query_HSRTD.dtype)
     at_keys_HSRTM = torch.empty(H, S, R, T, m, dtype=dtype, device=query_HSRTD.device)
-    for low, high in _chunks(query_HSRTD, key_HSRND, extra=H * k * k):
+    for low, high in token_chunks(query_HSRTD, key_HSRND, extra=H * k * k):
         chunk_HSRTN = side_scores(query_HSRTD[:, :, :, low:high], key_HSRND)
         coarse_HSTK = coarse_pass(chunk_HSRTN, leading_HSR, k)
         keys_HSTM[:, :, low:high], at_keys_HSRTM[:, :, :, low:high] = exact_pass(chunk_HSRTN, coarse_HSTK, core_HRR, m)
@@ -92,9 +93,9 @@ class _SideScoresAt(torch.autograd.Function):
         H, S, R, T, _ = query_HSRTD.shape
         dtype = accumulation_dtype(query_HSRTD.dtype)
         out_HSRTM = torch.empty(H, S, R, T, keys_HSTM.shape[-1], dtype=dtype, device=query_HSRTD.device)
-        for low, high in _chunks(query_HSRTD, key_HSRND):
+        for low, high in token_chunks(query_HSRTD, key_HSRND):
             chunk_HSRTN = side_scores(query_HSRTD[:, :, :, low:high], key_HSRND)
-            out_HSRTM[:, :, :, low:high] = _gather_keys(chunk_HSRTN, keys_HSTM[:, :, low:high])
+            out_HSRTM[:, :, :, low:high] = gather_keys(chunk_HSRTN, keys_HSTM[:, :, low:high])
         return out_HSRTM
 
     @staticmethod
@@ -106,7 +107,7 @@ class _SideScoresAt(torch.autograd.Function):
         key_XND = key_HSRND.reshape(-1, N, D)
         grad_query_XTD = torch.empty(H * S * R, T, D, dtype=query_HSRTD.dtype, device=query_HSRTD.device)
         grad_key_XND = torch.zeros(H * S * R, N, D, dtype=grad_HSRTM.dtype, device=query_HSRTD.device)
-        for low, high in _chunks(query_HSRTD, key_HSRND):
+        for low, high in token_chunks(query_HSRTD, key_HSRND):
             grad_chunk = grad_HSRTM[:, :, :, low:high]
             at = keys_HSTM[:, :, low:high].unsqueeze(2).expand_as(grad_chunk)
             dense = torch.zeros(H, S, R, high - low, N, dtype=grad_HSRTM.dtype, device=grad_HSRTM.device)
@@ -149,7 +150,7 @@ def leading_singular_vectors(core_RR: torch.Tensor, previous_SR: torch.Tensor) -
     return torch.where(agreement < 0, -vectors_SR, vectors_SR).float()
 
 
-class TuckerRetrieval(nn.Module):
+class TuckerRetrieval(Fp32Buffers):
     """Keys, Tucker cores and norms of one layer.
 
     Parameters: `keys` [H, 2, N, R, Dk], `cores` [H, C, R, R], `query_gain` and `key_gain` [Dk].
@@ -260,16 +261,6 @@ class TuckerRetrieval(nn.Module):
         normed = F.rms_norm(x.to(dtype), (self.key_dim,), gain.to(dtype), self.norm_eps)
         return normed.to(self.keys.dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TuckerRetrieval:
-        """Moves u and t with the module but keeps them fp32 and unrounded, whatever the module is cast to."""
-        kept = {"u": self.u, "t": self.t}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            device = self._buffers[name].device  # type: ignore[union-attr]
-            moved = torch.zeros_like(old, device=device) if old.is_meta else old.to(device)
-            self._buffers[name] = moved
-        return self
-
 
 @torch.no_grad()
 def refresh_all(retrievals: Iterable[TuckerRetrieval]) -> None:
@@ -284,13 +275,13 @@ def refresh_all(retrievals: Iterable[TuckerRetrieval]) -> None:
         layer.t.copy_(vectors_HSR[:, 1])
 
 
-def _gather_keys(side_HSRTN: torch.Tensor, keys_HSTM: torch.Tensor) -> torch.Tensor:
+def gather_keys(side_HSRTN: torch.Tensor, keys_HSTM: torch.Tensor) -> torch.Tensor:
     """[H, S, R, T, M]: every rank's scores at the keys [H, S, T, M]."""
     R = side_HSRTN.shape[2]
     return side_HSRTN.gather(-1, keys_HSTM.unsqueeze(2).expand(-1, -1, R, -1, -1))
 
 
-def _chunks(query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, extra: int = 0) -> Iterator[tuple[int, int]]:
+def token_chunks(query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, extra: int = 0) -> Iterator[tuple[int, int]]:
     """Ranges of tokens whose [S, R, N] scores (and `extra` elements more for each) fit the budget of temporaries."""
     H, S, R, T, _ = query_HSRTD.shape
     step = tokens_per_chunk(H * S * R * key_HSRND.shape[3] + extra, query_HSRTD.is_cuda)

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from megatron_ultramem.memory.geometry import Pool
-from megatron_ultramem.memory.init import Normal, retrieval_gain, sigma_v
+from megatron_ultramem.memory.init import Normal, table_stds
+from megatron_ultramem.memory.kinds import activation, blocks
 from megatron_ultramem.memory.lookup import LocalLookup, LookupPath, lookup_backend, run_lookup
 from megatron_ultramem.memory.shards import TableShard
 
 if TYPE_CHECKING:
     from megatron_ultramem.config.schema import MemoryConfig
-
-RELEASED_VALUE_STD = 0.02
 
 
 class Placement(Protocol):
@@ -41,14 +40,14 @@ class WholeTables:
         return TableShard.whole(pool.padded_rows, width)
 
     def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
-        return LocalLookup(lookup_backend(config.kernels, device), config.activation)
+        return LocalLookup(lookup_backend(config.kernels, device), activation(config), padded=blocks(config) > 1)
 
 
 class ValuePool(nn.Module):
-    """Parameters `values` [padded_rows, Dv] and `pre_values` [padded_rows, Dp] of one pool, uninitialised.
+    """Parameters `values` [padded_rows, Dv] and, where the kind has them, `pre_values` [padded_rows, Dp] of one pool.
 
-    A rank holds the shard of each that its placement says. Each carries its `initializer`: N(0, sigma_V^2) of the
-    paper, or the released code's 0.02.
+    A rank holds the shard of each that its placement says. Uninitialised; each carries its `initializer` (see
+    `init.table_stds`).
 
     Attributes:
         shards: by name of the table, the part that this rank holds.
@@ -56,6 +55,9 @@ class ValuePool(nn.Module):
         grad_ready: called with each table that has a `main_grad`, once per microbatch, when all users' backwards are
             done.
     """
+
+    values: nn.Parameter
+    pre_values: nn.Parameter  # where the kind has them
 
     def __init__(
         self,
@@ -79,21 +81,20 @@ class ValuePool(nn.Module):
         self.num_users = len(pool.layers)
         self.grad_ready: Callable[[nn.Parameter], None] | None = None
         self._backwards = 0
-        std = RELEASED_VALUE_STD
-        if config.init == "paper":
-            _, variance = retrieval_gain(config, pool.keys_per_side)
-            std = sigma_v(
-                config, hidden_size=hidden_size, num_layers=num_layers, ffn_ratio=ffn_ratio, score_variance=variance
-            )
+        stds = table_stds(
+            config,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            ffn_ratio=ffn_ratio,
+            keys_per_side=pool.keys_per_side,
+        )
         self.placement: Placement = placement or WholeTables()
-        self.shards = {
-            "values": self.placement.shard(pool, config.value_dim),
-            "pre_values": self.placement.shard(pool, config.pre_value_dim),
-        }
-        self.values = nn.Parameter(torch.empty(self.shards["values"].shape, dtype=dtype, device=device))
-        self.pre_values = nn.Parameter(torch.empty(self.shards["pre_values"].shape, dtype=dtype, device=device))
-        for table in (self.values, self.pre_values):
-            table.initializer = Normal(std)  # type: ignore[attr-defined]
+        widths = {"values": config.value_dim, "pre_values": config.pre_value_dim}
+        self.shards = {name: self.placement.shard(pool, widths[name]) for name in stds}
+        for name, shard in self.shards.items():
+            table = nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=device))
+            table.initializer = Normal(stds[name])  # type: ignore[attr-defined]
+            self.register_parameter(name, table)
         self._make_path = functools.cache(functools.partial(self.placement.path, config, pool))
 
     def reset_parameters(self, seed: int) -> None:
@@ -106,15 +107,23 @@ class ValuePool(nn.Module):
                 f"pools.{self.pool.index}.{name}",
             )
 
-    def lookup(self, indices_TM: torch.Tensor, scores_TMC: torch.Tensor, pre_input_TD: torch.Tensor) -> torch.Tensor:
-        """Pooled values [T, Dv] of physical rows `indices_TM`; see `memory.lookup`. May be a collective call."""
+    def lookup(
+        self, indices_TM: torch.Tensor, scores_TMC: torch.Tensor, pre_input_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pooled values [T, Dv] of physical rows `indices_TM`; see `memory.lookup`. May be a collective call.
+
+        pre_input_TD: only where the pool has pre-values; otherwise a row's weight is its score.
+        """
+        pre_values = self._parameters.get("pre_values")
+        if pre_input_TD is None:
+            pre_input_TD = self.values.new_empty(len(indices_TM), 0)
         return run_lookup(
             self._make_path(self.values.device),
             indices_TM,
             scores_TMC,
             pre_input_TD,
             self.values,
-            self.pre_values,
+            self.values.new_empty(len(self.values), 0) if pre_values is None else pre_values,
             after_backward=self._count_backward,
         )
 
@@ -128,6 +137,6 @@ class ValuePool(nn.Module):
             return
         self._backwards = 0
         if self.grad_ready is not None:
-            for table in (self.values, self.pre_values):
+            for table in self.parameters():
                 if table.requires_grad and getattr(table, "main_grad", None) is not None:
                     self.grad_ready(table)

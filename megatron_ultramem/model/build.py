@@ -13,10 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import stage_of_layer
+from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.geometry import plan_pools
-from megatron_ultramem.memory.layer import UltraMemV2
-from megatron_ultramem.memory.retrieval import refresh_all
 from megatron_ultramem.memory.tables import Placement, ValuePool
+from megatron_ultramem.memory.tucker_layer import refresh_layers
 from megatron_ultramem.model.initialize import initialize
 from megatron_ultramem.model.pools import PoolBank
 from megatron_ultramem.model.specs import block_spec
@@ -52,13 +52,13 @@ def build_chunks(
     ]
     if draw_parameters:
         initialize(chunks, config.train.seed, linear_std(config))
-        refresh_all(layer.retrieval for layer in memory_layers(chunks))
+        refresh_layers(memory_layers(chunks))
     return megatron_config, chunks
 
 
-def memory_layers(chunks: list[GPTModel]) -> list[UltraMemV2]:
+def memory_layers(chunks: list[GPTModel]) -> list[MemoryLayer]:
     """The memory layers on this rank, in the order of their layers."""
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, UltraMemV2)]
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, MemoryLayer)]
 
 
 def value_pools(chunks: list[GPTModel]) -> list[ValuePool]:

@@ -1,7 +1,9 @@
-"""The block's `mlp` slot with a memory layer beside the FFN (UltraMemV2, figure 1)."""
+"""The block's `mlp` slot with a memory layer: beside the FFN (UltraMemV2, figure 1), instead of it, or with its output
+added to a later block (UltraMem's skip-layer insertion)."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,25 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_ultramem.compat import build_ffn
-from megatron_ultramem.memory.layer import UltraMemV2
+from megatron_ultramem.memory.base import MemoryLayer
+
+
+class Joint:
+    """Carries a memory layer's output from the block that reads to the block that adds it, within one forward pass.
+
+    Both blocks are of one model chunk, and so of one forward pass: nothing is left when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._output: Tensor | None = None
+
+    def put(self, output: Tensor) -> None:
+        self._output = output
+
+    def take(self) -> Tensor:
+        assert self._output is not None, "the block that reads comes before the block that adds"
+        output, self._output = self._output, None
+        return output
 
 
 class FeedForwardWithMemory(MegatronModule):
@@ -20,16 +40,22 @@ class FeedForwardWithMemory(MegatronModule):
 
     Args:
         config: Megatron's TransformerConfig.
-        ffn: `mlp` field of a dense or MoE FFN without a fused norm: memory needs the normalised input too.
-        memory: builds this block's memory layer from the process groups.
-        overlap: on a GPU the memory layer runs on a stream of its own, so that its exchange hides behind the FFN.
+        ffn: `mlp` field of a dense or MoE FFN without a fused norm: memory needs the normalised input too. None: the
+            memory layer takes its place.
+        memory: builds this block's memory layer from the process groups; None: the block only adds another's output.
+        sends: where this block's memory output goes, if not into this block.
+        receives: whose memory output this block adds.
+        overlap: on a GPU the memory layer runs on a stream of its own, so that its exchange hides behind the FFN (and
+            the blocks up to the one that adds its output).
     """
 
     def __init__(
         self,
         config: Any,
         ffn: Any,
-        memory: Callable[[ProcessGroupCollection], UltraMemV2],
+        memory: Callable[[ProcessGroupCollection], MemoryLayer] | None,
+        sends: Joint | None = None,
+        receives: Joint | None = None,
         overlap: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
@@ -39,10 +65,10 @@ class FeedForwardWithMemory(MegatronModule):
         super().__init__(config=config)
         # Up to 0.17 Megatron gives process groups only to the classes it knows.
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.ffn: Any = build_ffn(ffn, config, groups, is_mtp_layer)
-        self.memory = memory(groups)
-        self.overlap = overlap
-        for param in self.memory.parameters():
+        self.ffn: Any = None if ffn is None else build_ffn(ffn, config, groups, is_mtp_layer)
+        self.memory = None if memory is None else memory(groups)
+        self.sends, self.receives, self.overlap = sends, receives, overlap
+        for param in self.memory.parameters() if self.memory is not None else ():
             # Every tensor-parallel rank holds its own tokens: their gradients must be summed.
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -55,24 +81,33 @@ class FeedForwardWithMemory(MegatronModule):
         self, hidden_states: Tensor, *, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] (the rank's share of s under sequence parallelism) to ([s, b, h], bias or None)."""
+        main: Any = None
+        side: Any = None
         if self.overlap and hidden_states.is_cuda:
-            return self._forward_overlapped(hidden_states)
-        ffn_SBH, bias = self.ffn(hidden_states)
-        return ffn_SBH + self.memory(hidden_states), bias
-
-    def _forward_overlapped(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same on two streams; autograd runs each backward on the stream of its forward."""
-        main, side = torch.cuda.current_stream(), memory_stream(hidden_states.device)
-        side.wait_stream(main)
-        # First, so that the GPU is busy with it while the host waits for the sizes of the exchange.
-        ffn_SBH, bias = self.ffn(hidden_states)
-        with torch.cuda.stream(side):
-            memory_SBH = self.memory(hidden_states)
-        # Memory of these must not be used anew by its own stream while the other still reads it.
-        hidden_states.record_stream(side)
-        main.wait_stream(side)
-        memory_SBH.record_stream(main)
-        return ffn_SBH + memory_SBH, bias
+            main, side = torch.cuda.current_stream(), memory_stream(hidden_states.device)
+            side.wait_stream(main)
+        # The FFN first, so that the GPU is busy with it while the host waits for the sizes of the exchange.
+        terms, bias = [], None
+        if self.ffn is not None:
+            ffn_SBH, bias = self.ffn(hidden_states)
+            terms.append(ffn_SBH)
+        added: list[Tensor] = []
+        if self.memory is not None:
+            with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+                memory_SBH = self.memory(hidden_states)
+            if side is not None:
+                hidden_states.record_stream(side)  # its own stream must not use that memory anew before
+            if self.sends is None:
+                added.append(memory_SBH)
+            else:
+                self.sends.put(memory_SBH)
+        if self.receives is not None:
+            added.append(self.receives.take())
+        if main is not None and added:
+            main.wait_stream(side)
+            for memory_SBH in added:
+                memory_SBH.record_stream(main)
+        return functools.reduce(torch.add, terms + added), bias
 
     @property
     def linear_fc1(self) -> torch.nn.Module | None:

@@ -20,10 +20,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_ultramem.compat import dense_mlp_slot, module_slot
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
-from megatron_ultramem.memory.layer import UltraMemV2
+from megatron_ultramem.memory.base import MemoryLayer
+from megatron_ultramem.memory.build import LAYERS
+from megatron_ultramem.memory.geometry import Pool, join_layers, parse_layers, plan_pools
+from megatron_ultramem.memory.kinds import replaces_ffn
 from megatron_ultramem.memory.tables import ValuePool
-from megatron_ultramem.model.feed_forward import FeedForwardWithMemory
+from megatron_ultramem.model.feed_forward import FeedForwardWithMemory, Joint
 from megatron_ultramem.model.norm import AllHeadsRMSNorm, RMSNorm
 
 
@@ -41,18 +43,33 @@ def block_spec(
     m = config.model
     with_moe = set(parse_layers(m.moe.layers, m.num_layers, "model.moe.layers"))
     pool_of = {layer: pool for pool in plan_pools(m) for layer in pool.layers}
-    specs = [
-        _layer_spec(config, layer, layer in with_moe, pool_of.get(layer), tables, backend, grouped_gemm)
-        for layer in layers
-    ]
+    joins = {reader: joined for reader, joined in join_layers(m).items() if reader != joined}
+    joints = {reader: Joint() for reader in joins if reader in layers}
+    incoming = {joins[reader]: joint for reader, joint in joints.items()}
+    specs = []
+    for layer in layers:
+        moe, pool = layer in with_moe, pool_of.get(layer)
+        wrapped = pool is not None or layer in incoming
+        spec = _layer_spec(config, backend, moe=moe, grouped_gemm=grouped_gemm, own_norm=moe or wrapped)
+        if wrapped:
+            memory = None if pool is None else functools.partial(_build_memory, config, layer, pool, tables[pool.index])
+            without_ffn = pool is not None and replaces_ffn(m.memory)
+            spec.submodules.mlp = module_slot(
+                FeedForwardWithMemory,
+                ffn=None if without_ffn else spec.submodules.mlp,
+                memory=memory,
+                sends=joints.get(layer),
+                receives=incoming.get(layer),
+                overlap=config.parallel.overlap_exchange,
+            )
+        specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_provider(backend)[1])
 
 
-def _layer_spec(
-    config: Config, layer: int, moe: bool, pool: Pool | None, tables: dict[int, ValuePool], backend: str, grouped: bool
-) -> ModuleSpec:
+def _layer_spec(config: Config, backend: str, *, moe: bool, grouped_gemm: bool, own_norm: bool) -> ModuleSpec:
+    """Megatron's block with a dense or MoE FFN. own_norm: the norm before it is a module of its own."""
     m = config.model
-    experts = {"num_experts": m.moe.num_experts, "moe_grouped_gemm": grouped} if moe else {}
+    experts = {"num_experts": m.moe.num_experts, "moe_grouped_gemm": grouped_gemm} if moe else {}
     if backend == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=m.qk_norm, **experts)
     else:
@@ -68,30 +85,26 @@ def _layer_spec(
     if m.qk_norm and m.qk_norm_width == "all_heads":
         attention.q_layernorm = module_slot(AllHeadsRMSNorm, heads=m.num_attention_heads)
         attention.k_layernorm = module_slot(AllHeadsRMSNorm, heads=m.num_query_groups or m.num_attention_heads)
-    if moe or pool is not None:
+    if own_norm:
         # One name for this norm in checkpoints of both back ends (Megatron's local layers pretend that it is fused).
         sub.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if own_norm and not moe:
+        # Memory reads the normalised input too, so the norm must not be fused into the FFN's first linear.
+        sub.pre_mlp_layernorm = norm
+        sub.mlp = dense_mlp_slot(
+            MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+        )
     if config.data.mask_document_boundaries and backend == "local":
         # The mask that comes with the batch is then causal within documents.
         sub.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
-    if pool is not None:
-        ffn = sub.mlp
-        if not moe:
-            # Memory reads the normalised input too, so the norm must not be fused into the FFN's first linear.
-            sub.pre_mlp_layernorm = norm
-            ffn = dense_mlp_slot(
-                MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
-            )
-        build = functools.partial(_build_memory, config, layer, pool, tables[pool.index])
-        sub.mlp = module_slot(FeedForwardWithMemory, ffn=ffn, memory=build, overlap=config.parallel.overlap_exchange)
     return spec
 
 
 def _build_memory(
     config: Config, layer: int, pool: Pool, table: ValuePool, groups: ProcessGroupCollection
-) -> UltraMemV2:
+) -> MemoryLayer:
     m = config.model
-    return UltraMemV2(
+    return LAYERS[m.memory.kind](
         m.memory,
         hidden_size=m.hidden_size,
         layer=layer,
@@ -101,6 +114,7 @@ def _build_memory(
         dtype=table.values.dtype,
         device=table.values.device,
         tokens_group=groups.tp if config.parallel.tensor_parallel_size > 1 else None,
+        data_group=groups.dp,
     )
 
 

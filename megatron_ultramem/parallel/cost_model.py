@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_ultramem.memory.geometry import plan_pools
+from megatron_ultramem.memory.kinds import blocks, num_cores, pre_value_dim
 from megatron_ultramem.parallel.traffic import Widths, columns_bytes, expected_queries, expected_rows_bytes
 
 if TYPE_CHECKING:  # the config package checks its settings with this module: importing it here would be a circle
@@ -48,7 +49,7 @@ def tokens_per_rank(config: Config) -> int:
 def widths(config: Config) -> Widths:
     m = config.model.memory
     size = 2 if config.train.precision == "bf16" else 4
-    return Widths(m.top_m * m.num_heads, m.num_cores, m.value_dim, m.pre_value_dim, size)
+    return Widths(m.top_m * m.num_heads, num_cores(m), m.value_dim, pre_value_dim(m), size, blocks(m))
 
 
 def two_level_columns(config: Config) -> int:
@@ -83,7 +84,8 @@ def estimates(config: Config) -> list[Estimate]:
     if share < ranks and ranks % share == 0 and share > 1:
         nodes = ranks // share
         across = expected_rows_bytes(w, nodes, tokens)
-        within = columns_bytes(w, share, 0, round(nodes * expected_queries(nodes, tokens, w.top_m)))
+        queries = nodes * expected_queries(nodes, w.blocks * tokens, w.top_m / w.blocks)
+        within = columns_bytes(replace(w, blocks=1), share, 0, round(queries))
         total = time(sum(across), 0.0, ROWS_MESSAGES) + time(sum(within), 1.0, COLUMNS_MESSAGES + 1)
         problem = _rows_problem(config, nodes) or _columns_problem(config, share)
         found.append(Estimate("two_level", share, across[0] + within[0], across[1] + within[1], total, problem))
@@ -102,7 +104,7 @@ def choose(config: Config) -> Estimate:
 def shard_width(config: Config, columns: int) -> int:
     """Bytes of a row of the narrower table when `columns` ranks share the columns."""
     w = widths(config)
-    return min(w.value_dim, w.pre_value_dim) // columns * w.size
+    return min(w.value_dim, w.pre_value_dim or w.value_dim) // columns * w.size
 
 
 def _rows_problem(config: Config, ranks: int) -> str:
@@ -116,8 +118,8 @@ def _rows_problem(config: Config, ranks: int) -> str:
 
 
 def _columns_problem(config: Config, ranks: int) -> str:
-    m = config.model.memory
-    for name, width in (("value_dim", m.value_dim), ("pre_value_dim", m.pre_value_dim)):
+    w = widths(config)
+    for name, width in (("value_dim", w.value_dim), ("pre_value_dim", w.pre_value_dim)):
         if width % ranks:
             return f"{ranks} ranks do not divide model.memory.{name} = {width}; legal: a divisor"
     bytes_wide = shard_width(config, ranks)

@@ -5,6 +5,8 @@ go to the token's owner, which adds them in fp32, multiplies with its scores, an
 the cores that this rank's columns belong to; the pooled slices come back. Backward: the same steps in reverse. Partial
 dots travel rank to rank rather than through a reduce-scatter: the same bytes, and sums in fp32 of bf16 payloads.
 
+Tables without pre-values (D = 0) need no dots: their weights are the scores.
+
 All shapes are static if all ranks have the same number of tokens. (Reference: section "columns" of the memory-parallel
 traffic, the cheaper algorithm; bytes in `traffic.columns_bytes`.)
 
@@ -72,11 +74,14 @@ class ColumnsExchange:
         index_AM, pre_AD = self._to_all(
             "forward", [index_TM.expand(P, -1, -1).flatten(0, 1), _slices(_pad(pre_input_TD.to(dtype), largest), P)]
         )
-        partial_AM = self.backend.dots(index_AM, pre_AD, pre_values, self.padded).to(dtype)
-        (dots_AM,) = self._to_all("forward", [partial_AM])
-        dots_TM = dots_AM.view(P, *index_TM.shape).sum(0, dtype=accumulation_dtype(dtype))
         scores_TMC = _pad(scores_TMC, largest)
-        weights_TMC = activate(dots_TM, self.activation).unsqueeze(-1) * scores_TMC
+        if pre_values.shape[1] == 0:
+            dots_TM, weights_TMC = scores_TMC.new_empty(0), scores_TMC
+        else:
+            partial_AM = self.backend.dots(index_AM, pre_AD, pre_values, self.padded).to(dtype)
+            (dots_AM,) = self._to_all("forward", [partial_AM])
+            dots_TM = dots_AM.view(P, *index_TM.shape).sum(0, dtype=accumulation_dtype(dtype))
+            weights_TMC = activate(dots_TM, self.activation).unsqueeze(-1) * scores_TMC
         weights_AMK = self._send_cores("forward", weights_TMC.to(dtype))
         pooled_AV = self.backend.weighted_sum(
             index_AM, weights_AMK, values, self.column_start, self.core_width, self.padded
@@ -96,12 +101,15 @@ class ColumnsExchange:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         index_AM, pre_AD, weights_AMK, dots_TM, scores_TMC = saved.tensors
         tokens, pre_input_dtype = saved.plan
-        P, dtype, largest = self.channel.ranks, values.dtype, len(dots_TM)
+        P, dtype, largest = self.channel.ranks, values.dtype, len(scores_TMC)
         (grad_AV,) = self._to_all("backward", [_slices(_pad(grad_pooled_TV.to(dtype), largest), P)])
         grad_weights_AMK = self.backend.weighted_sum_backward(
             grad_AV, index_AM, weights_AMK, values, self.column_start, self.core_width, values_grad, self.padded
         )
         grad_weights_TMC = self._return_cores("backward", grad_weights_AMK.to(dtype), scores_TMC)
+        if pre_values.shape[1] == 0:
+            no_grad_TD = torch.empty(tokens, 0, dtype=pre_input_dtype, device=values.device)
+            return grad_weights_TMC[:tokens].to(scores_TMC.dtype), no_grad_TD
         grad_scores_TMC = activate(dots_TM, self.activation).unsqueeze(-1) * grad_weights_TMC
         grad_dots_TM = (scores_TMC * grad_weights_TMC).sum(-1) * activation_slope(dots_TM, self.activation)
         (grad_dots_AM,) = self._to_all("backward", [grad_dots_TM.to(dtype).expand(P, -1, -1).flatten(0, 1)])

@@ -5,6 +5,8 @@ owner pools what it has and sends one partial sum back; the partial sums are add
 the gradient of the pooled value going out and the gradients of pre-input and scores coming back. Gradients of the rows
 stay with their owner. (Reference: section "rows" of the memory-parallel traffic; bytes in `traffic.rows_bytes`.)
 
+A negative row number means no row.
+
 Split sizes depend on the indices: either they are exchanged first (one wait for the device), or `capacity` fixes them,
 and what does not fit goes through a second round, which is skipped where it all fits everywhere.
 
@@ -28,15 +30,16 @@ from megatron_ultramem.parallel.routing import Demand, Route, RowOwners, Sizes, 
 @dataclass(frozen=True)
 class Capacity:
     """Static sizes: room for `factor` times an even share of the entries of `tokens` tokens (the largest number that a
-    rank has), the same on all ranks."""
+    rank has), the same on all ranks. `blocks`: lookups that share the rows of a token."""
 
     factor: float
     tokens: int
+    blocks: int = 1
 
     def slots(self, top_m: int, ranks: int) -> tuple[int, int]:
         """(queries, entries) for every pair of ranks."""
         entries = min(self.tokens * top_m, math.ceil(self.factor * self.tokens * top_m / ranks))
-        return min(self.tokens, entries), entries
+        return min(self.blocks * self.tokens, entries), entries
 
 
 class _Round(NamedTuple):
@@ -89,7 +92,7 @@ class RowsExchange:
         T, M, C = scores_TMC.shape
         shape = _Shape(T, M, C, pre_input_TD.shape[1])
         owner_TM, local_TM = self.owners.locate(indices_TM)
-        demand = Demand(owner_TM, self.channel.ranks)
+        demand = Demand(owner_TM.masked_fill(indices_TM < 0, self.channel.ranks), self.channel.ranks)
         left_TM = None
         if self.capacity is None:
             route = demand.dynamic(self.channel)

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ultramem.config.schema import Config, MemoryConfig
 from megatron_ultramem.memory.geometry import Pool
+from megatron_ultramem.memory.kinds import activation, blocks, num_cores
 from megatron_ultramem.memory.lookup import LocalLookup, LookupPath, lookup_backend
 from megatron_ultramem.memory.shards import TableShard
 from megatron_ultramem.memory.tables import Placement, WholeTables
@@ -67,16 +68,16 @@ class ShardedPlacement:
 
     def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
         backend = lookup_backend(config.kernels, device)
-        inner: LookupPath = LocalLookup(backend, config.activation, padded=True)
+        inner: LookupPath = LocalLookup(backend, activation(config), padded=True)
         if self.within is not None:
             inner = ColumnsExchange(
                 Channel(self.within, self.traffic, "columns"),
                 backend,
-                config.activation,
+                activation(config),
                 value_dim=config.value_dim,
-                num_cores=config.num_cores,
+                num_cores=num_cores(config),
                 equal_tokens=self.equal_tokens and self.across is None,
-                padded=self.across is not None,
+                padded=self.across is not None or blocks(config) > 1,
             )
         if self.across is None:
             return inner
@@ -105,7 +106,7 @@ def memory_placement(config: Config, groups: ProcessGroupCollection, *, equal_to
         warnings.warn(f"parallel.memory_placement = {choice.placement}: {choice.problem}", stacklevel=2)
     capacity = None
     if p.exchange_capacity is not None:
-        capacity = Capacity(p.exchange_capacity, tokens_per_rank(config))
+        capacity = Capacity(p.exchange_capacity, tokens_per_rank(config), blocks(config.model.memory))
     two_level = choice.placement == "two_level"
     whole, within, across = memory_groups(groups, choice.columns if two_level else None, p.timeout_minutes)
     if not two_level:

@@ -37,8 +37,9 @@ class Widths:
     top_m: int  # rows a token, of all heads
     num_cores: int
     value_dim: int
-    pre_value_dim: int
+    pre_value_dim: int  # 0: without pre-values
     size: int
+    blocks: int = 1  # lookups of a token, which share its rows and have a result each (UltraMem's value expansion)
 
 
 def align(count: int) -> int:
@@ -58,12 +59,13 @@ def columns_bytes(widths: Widths, ranks: int, rank: int, tokens: int) -> tuple[i
     forward: row numbers and pre-inputs, partial dots, weights for the cores at hand, pooled slices;
     backward: gradients of the pooled slices, of the weights, of the dots, and of the pre-inputs.
     """
-    w, others, T = widths, ranks - 1, tokens
+    w, others, T = widths, ranks - 1, tokens * widths.blocks
     low, high = core_range(rank, ranks, w.value_dim, w.num_cores)
     values, pre_values = w.value_dim // ranks, w.pre_value_dim // ranks
+    dots = T * w.size * w.top_m if w.pre_value_dim else 0
     forward = others * (
         align(T * (4 * w.top_m + w.size * pre_values))
-        + T * w.size * w.top_m
+        + dots
         + T * w.size * w.top_m * (high - low)
         + T * w.size * values
     )
@@ -71,7 +73,7 @@ def columns_bytes(widths: Widths, ranks: int, rank: int, tokens: int) -> tuple[i
     for other in range(ranks):
         other_low, other_high = core_range(other, ranks, w.value_dim, w.num_cores)
         cores_of_others += (other_high - other_low) * (other != rank)
-    backward = others * (T * w.size * values + T * w.size * w.top_m + T * w.size * pre_values)
+    backward = others * (T * w.size * values + dots + T * w.size * pre_values)
     return forward, backward + T * w.size * w.top_m * cores_of_others
 
 
@@ -105,13 +107,13 @@ def rows_bytes(
     return forward, backward
 
 
-def expected_queries(ranks: int, tokens: int, top_m: int) -> float:
+def expected_queries(ranks: int, tokens: int, top_m: float) -> float:
     """Queries to one rank if every row is equally likely to be anywhere: T * (1 - (1 - 1/P)^M)."""
     return tokens * (1.0 - (1.0 - 1.0 / ranks) ** top_m)
 
 
 def expected_rows_bytes(widths: Widths, ranks: int, tokens: int) -> tuple[int, int]:
     """`rows_bytes` for evenly spread rows: what the planner assumes, which knows no indices."""
-    queries = [round(expected_queries(ranks, tokens, widths.top_m))] * (ranks - 1)
+    queries = [round(expected_queries(ranks, widths.blocks * tokens, widths.top_m / widths.blocks))] * (ranks - 1)
     entries = [round(tokens * widths.top_m / ranks)] * (ranks - 1)
     return rows_bytes(widths, queries, entries, queries, entries)

@@ -12,23 +12,32 @@ from dataclasses import dataclass, fields
 
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 from megatron_ultramem.memory.geometry import coarse_k, parse_layers, plan_pools
-from megatron_ultramem.planning.parameters import attention_dims, pad_vocabulary, query_width
+from megatron_ultramem.memory.kinds import blocks, kind_of, pair_candidates, pre_value_dim, query_width
+from megatron_ultramem.planning.parameters import (
+    attention_dims,
+    ffn_replaced,
+    pad_vocabulary,
+    row_width,
+    rows_per_token,
+)
 
 
 @dataclass(frozen=True)
 class MemoryFlops:
     """Forward FLOPs of memory layers per token.
 
-    Symbols: n keys per side seen by the layer, r Tucker rank, c cores, k coarse candidates per side, m values,
-    H heads.
+    Symbols: n keys per side seen by the layer, r Tucker rank (1 for product keys), c cores, k coarse candidates per
+    side, m values, H heads, E blocks of `ultramem` (else 1). What a kind does not have is 0.
     """
 
-    query_projection: float  # 2 h * 2 Dk r H
-    pre_value_projection: float  # 2 h Dp
-    value_projection: float  # 2 Dv h
+    query_projection: float  # 2 h * 2 Dk r H; r = 1 where the ranks share a query
+    pre_value_projection: float  # 2 h Dp (peer: none)
+    gate_projection: float  # 2 h Dv (memory_plus)
+    value_projection: float  # 2 E Dv h (pkm, peer: none)
     key_scores: float  # row and column: 2 sides * 2 n r Dk H
-    coarse_combination: float  # S_row u and S_col t: 2 sides * 2 n r H
-    exact_scores: float  # S_row[i] C_c S_col[j] on k x k pairs: H c (2 k r^2 + 2 k^2 r) + H (c - 1) k^2
+    coarse_combination: float  # Tucker: S_row u and S_col t: 2 sides * 2 n r H
+    exact_scores: float  # Tucker: S_row[i] C_c S_col[j] on k x k pairs: H c (2 k r^2 + 2 k^2 r) + H (c - 1) k^2;
+    # product keys: a sum for each of the pairs that can be among the best
     lookup: float  # (P x') and V^T: H m (2 Dp + 2 Dv)
 
     @property
@@ -77,12 +86,13 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> list[LayerFlops]:
     _, query_dim, key_dim = attention_dims(model)
     moe_layers = set(parse_layers(moe.layers, model.num_layers, "model.moe.layers"))
     pool_of = {layer: pool for pool in plan_pools(model) for layer in pool.layers}
+    without_ffn = moe_layers | ffn_replaced(model)
     experts_width = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_hidden_size
     return [
         LayerFlops(
             attention_projections=2.0 * hidden * (2 * query_dim + 2 * key_dim),
             attention_scores=2 * 2.0 * query_dim * (sequence_length + 1) / 2,
-            ffn=0.0 if layer in moe_layers else 2.0 * 3 * hidden * model.ffn_hidden_size,
+            ffn=0.0 if layer in without_ffn else 2.0 * 3 * hidden * model.ffn_hidden_size,
             moe=2.0 * hidden * (moe.num_experts + 3 * experts_width) if layer in moe_layers else 0.0,
             memory=_memory_layer_flops(model.memory, hidden, pool_of[layer].keys_per_side)
             if layer in pool_of
@@ -114,15 +124,17 @@ def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -
 
 
 def _memory_layer_flops(memory: MemoryConfig, hidden: int, keys_per_side: int) -> MemoryFlops:
-    heads, rank, cores = memory.num_heads, memory.tucker_rank, memory.num_cores
-    k = coarse_k(memory, keys_per_side)
+    kind, heads, k = kind_of(memory), memory.num_heads, coarse_k(memory, keys_per_side)
+    rank, cores = (memory.tucker_rank, memory.num_cores) if kind.tucker else (1, 1)
     per_core = 2 * k * rank**2 + 2 * k**2 * rank
+    tucker_pairs, sums = cores * per_core + (cores - 1) * k**2, pair_candidates(k, memory.top_m)
     return MemoryFlops(
         query_projection=2.0 * hidden * query_width(memory),
-        pre_value_projection=2.0 * hidden * memory.pre_value_dim,
-        value_projection=2.0 * memory.value_dim * hidden,
+        pre_value_projection=2.0 * hidden * pre_value_dim(memory) if kind.tucker else 0.0,
+        gate_projection=2.0 * hidden * memory.value_dim if memory.kind == "memory_plus" else 0.0,
+        value_projection=2.0 * blocks(memory) * memory.value_dim * hidden if kind.own_widths else 0.0,
         key_scores=2 * 2.0 * keys_per_side * rank * memory.key_dim * heads,
-        coarse_combination=2 * 2.0 * keys_per_side * rank * heads,
-        exact_scores=float(heads * (cores * per_core + (cores - 1) * k**2)),
-        lookup=2.0 * heads * memory.top_m * (memory.pre_value_dim + memory.value_dim),
+        coarse_combination=2 * 2.0 * keys_per_side * rank * heads if kind.tucker else 0.0,
+        exact_scores=float(heads * (tucker_pairs if kind.tucker else sums)),
+        lookup=2.0 * rows_per_token(memory) * row_width(memory),
     )

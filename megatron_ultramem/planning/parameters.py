@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
+from megatron_ultramem.memory.kinds import blocks, kind_of, pre_value_dim, query_norm, query_width, replaces_ffn
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,9 @@ def attention_dims(model: ModelConfig) -> tuple[int, int, int]:
     return head_dim, head_dim * model.num_attention_heads, head_dim * groups
 
 
-def query_width(memory: MemoryConfig) -> int:
-    """Output width of W_q: two sides of Dk for every head, and for every Tucker rank if `query_per_rank`."""
-    ranks = memory.tucker_rank if memory.query_per_rank else 1
-    return 2 * memory.key_dim * ranks * memory.num_heads
-
-
 def row_width(memory: MemoryConfig) -> int:
     """Elements of one row of a pool, over all of its tables."""
-    return memory.value_dim + memory.pre_value_dim
+    return memory.value_dim + pre_value_dim(memory)
 
 
 def rows_per_token(memory: MemoryConfig) -> int:
@@ -109,12 +104,13 @@ def layer_parameters(model: ModelConfig) -> list[LayerParameters]:
     _, query_dim, key_dim = attention_dims(model)
     moe_layers = set(parse_layers(moe.layers, model.num_layers, "model.moe.layers"))
     pool_of = {layer: pool for pool in plan_pools(model) for layer in pool.layers}
+    without_ffn = moe_layers | ffn_replaced(model)
     return [
         LayerParameters(
             attention=hidden * (query_dim + 2 * key_dim) + query_dim * hidden,
             attention_gains=_attention_gains(model),
             norms=2 * hidden,
-            ffn=0 if layer in moe_layers else 3 * hidden * model.ffn_hidden_size,
+            ffn=0 if layer in without_ffn else 3 * hidden * model.ffn_hidden_size,
             router=hidden * moe.num_experts if layer in moe_layers else 0,
             experts=moe.num_experts * expert_parameters(model) if layer in moe_layers else 0,
             shared_expert=3 * hidden * moe.shared_expert_hidden_size if layer in moe_layers else 0,
@@ -122,6 +118,13 @@ def layer_parameters(model: ModelConfig) -> list[LayerParameters]:
         )
         for layer in range(model.num_layers)
     ]
+
+
+def ffn_replaced(model: ModelConfig) -> set[int]:
+    """Layers whose memory takes the place of their FFN."""
+    if not replaces_ffn(model.memory):
+        return set()
+    return set(parse_layers(model.memory.layers, model.num_layers, "model.memory.layers"))
 
 
 def _attention_gains(model: ModelConfig) -> int:
@@ -180,8 +183,11 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
 
 def _memory_layer(memory: MemoryConfig, hidden: int, keys_per_side: int) -> int:
     """Parameters of one memory layer outside its pool."""
-    projections = hidden * (query_width(memory) + memory.pre_value_dim + memory.value_dim)
-    keys = 2 * memory.num_heads * keys_per_side * memory.tucker_rank * memory.key_dim
-    cores = memory.num_heads * memory.num_cores * memory.tucker_rank**2
-    gains = 2 * memory.key_dim
-    return projections + keys + cores + gains
+    query, side_keys = query_width(memory), 2 * memory.num_heads * keys_per_side * memory.key_dim
+    if kind_of(memory).tucker:
+        projections = hidden * (query + pre_value_dim(memory) + blocks(memory) * memory.value_dim)
+        cores = memory.num_heads * memory.num_cores * memory.tucker_rank**2
+        return projections + side_keys * memory.tucker_rank + cores + 2 * memory.key_dim
+    gate_and_value = 2 * hidden * memory.value_dim if memory.kind == "memory_plus" else 0
+    norm = {"rms": 2 * memory.key_dim, "batch": 2 * query, "none": 0}[query_norm(memory)]
+    return hidden * query + gate_and_value + side_keys + norm

@@ -132,7 +132,8 @@ def describe_model(config: Config) -> str:
     parts = [f"{model.num_layers} layer{'s' if model.num_layers > 1 else ''} × {model.hidden_size}"]
     if memory.layers != "none":
         sharing = "" if memory.sharing == "none" else f", {memory.sharing} of {memory.share_size}"
-        parts.append(f"memory in {_which(memory.layers)} (n {memory.num_keys}, top-{memory.top_m}{sharing})")
+        kind = "memory" if memory.kind == "ultramem_v2" else memory.kind
+        parts.append(f"{kind} in {_which(memory.layers)} (n {memory.num_keys}, top-{memory.top_m}{sharing})")
     if model.moe.layers != "none":
         parts.append(f"MoE in {_which(model.moe.layers)} ({model.moe.num_experts} experts, top-{model.moe.top_k})")
     if model.vocab_size is not None:

@@ -20,7 +20,7 @@ from megatron_ultramem.planning.flops import flops_per_token
 from megatron_ultramem.training.data import BatchIterator
 from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
-from megatron_ultramem.training.memory_hooks import begin_step
+from megatron_ultramem.training.memory_hooks import begin_step, end_step
 from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.progress import Progress
@@ -123,6 +123,7 @@ def train_step(run: Run) -> Metrics:
     if grad_norm is not None and not math.isfinite(grad_norm):
         _stop(run, f"the gradient norm is {grad_norm} though the loss is finite", not _finite_gradients(run))
 
+    end_step(run.memory_hooks)
     samples = batch_size.get_current_global_batch_size()
     run.position.step += 1
     run.position.consumed_samples += samples

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.health import memory_health
-from megatron_ultramem.memory.layer import UltraMemV2
 
 
 class MemoryHealthProbe:
@@ -31,8 +31,8 @@ class MemoryHealthProbe:
     """
 
     def __init__(self, model_chunks: Sequence[nn.Module]) -> None:
-        found = (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, UltraMemV2))
-        self._layers: dict[int, UltraMemV2] = {module.layer: module for module in found}
+        found = (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, MemoryLayer))
+        self._layers: dict[int, MemoryLayer] = {module.layer: module for module in found}
         self._inputs: dict[int, Tensor] = {}
 
     @contextmanager
@@ -97,7 +97,7 @@ class MemoryHealthProbe:
 
     @staticmethod
     @torch.no_grad()
-    def _measure(layer: UltraMemV2, captured: Tensor) -> dict[str, Tensor]:
+    def _measure(layer: MemoryLayer, captured: Tensor) -> dict[str, Tensor]:
         x_TH = captured.reshape(-1, captured.shape[-1])
         return memory_health(layer, x_TH)
 

@@ -14,8 +14,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 
-from megatron_ultramem.memory.layer import UltraMemV2
-from megatron_ultramem.memory.retrieval import refresh_all
+from megatron_ultramem.memory.base import MemoryLayer
+from megatron_ultramem.memory.tucker_layer import refresh_layers
 from megatron_ultramem.model.build import memory_layers, value_pools
 
 
@@ -43,7 +43,12 @@ class MemoryHooks:
         if self.ddp.ddp_config.overlap_param_gather:
             self._stale = {layer.layer for layer in self.layers}
         else:
-            refresh_all([layer.retrieval for layer in self.layers])
+            refresh_layers(self.layers)
+
+    def end_step(self) -> None:
+        """Lets the layers take up what the micro-batches left. A collective call."""
+        for layer in self.layers:
+            layer.end_step()
 
     def _grad_ready(self, param: torch.nn.Parameter) -> None:
         """The gradient of a table is complete in main_grad."""
@@ -52,7 +57,7 @@ class MemoryHooks:
                 _join_streams(param.device)
             self.ddp.param_to_bucket_group[param].register_grad_ready(param, self.ddp.force_all_reduce)
 
-    def _before_forward(self, layer: UltraMemV2, _: Any) -> None:
+    def _before_forward(self, layer: MemoryLayer, _: Any) -> None:
         # Outside training steps (evaluation, saving) parameters are whole and DDP's own hooks are off.
         if self.ddp.ddp_config.overlap_param_gather and self.ddp.remove_forward_pre_hook_handles:
             for module in (layer.retrieval, layer.table):
@@ -67,6 +72,12 @@ def begin_step(hooks: Sequence[MemoryHooks]) -> None:
     """`MemoryHooks.begin_step` for every chunk of a rank."""
     for chunk in hooks:
         chunk.begin_step()
+
+
+def end_step(hooks: Sequence[MemoryHooks]) -> None:
+    """`MemoryHooks.end_step` for every chunk of a rank."""
+    for chunk in hooks:
+        chunk.end_step()
 
 
 def _join_streams(device: torch.device) -> None:

@@ -95,13 +95,15 @@ def build_optimizer(
 
 
 class Scheduler(OptimizerParamScheduler):
-    """Megatron's schedule, counted in optimizer steps; value tables get a decaying multiple of it.
+    """Megatron's schedule, counted in optimizer steps; value tables get a decaying multiple of it, or a fixed rate.
 
     The multiplier is 1 + (times - 1) * max(0, 1 - step / (max_steps * rate)) (UltraMemV2, section 4.2.9).
     """
 
-    def __init__(self, *args: Any, value_lr_times: float, value_lr_steps: float, **kwargs: Any) -> None:
-        self.value_lr_times, self.value_lr_steps = value_lr_times, value_lr_steps
+    def __init__(
+        self, *args: Any, value_lr_times: float, value_lr_steps: float, value_lr: float | None, **kwargs: Any
+    ) -> None:
+        self.value_lr_times, self.value_lr_steps, self.value_lr = value_lr_times, value_lr_steps, value_lr
         super().__init__(*args, **kwargs)
 
     def value_multiplier(self) -> float:
@@ -109,12 +111,15 @@ class Scheduler(OptimizerParamScheduler):
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         lr: float = super().get_lr(param_group)
-        return lr * self.value_multiplier() if param_group.get("is_decoupled_lr") else lr
+        return self._of_tables(lr) if param_group.get("is_decoupled_lr") else lr
 
     def learning_rates(self) -> tuple[float, float]:
         """Those of ordinary parameters and of value tables at this step."""
         lr: float = super().get_lr({})
-        return lr, lr * self.value_multiplier()
+        return lr, self._of_tables(lr)
+
+    def _of_tables(self, lr: float) -> float:
+        return lr * self.value_multiplier() if self.value_lr is None else self.value_lr
 
 
 def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> Scheduler:
@@ -139,4 +144,5 @@ def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> Scheduler:
         lr_wsd_decay_style=s.wsd_decay_shape,
         value_lr_times=o.value_lr_times,
         value_lr_steps=config.train.steps * o.value_lr_rate,
+        value_lr=o.value_lr,
     )

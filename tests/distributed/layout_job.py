@@ -91,6 +91,16 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
         assert worst <= tolerance * scale + 1e-9, f"{key}: differs by {worst:.3g}, its largest element is {scale:.3g}"
 
 
+def assert_trains_like(expected: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """The results of `train_job` on all ranks of a layout are those of one rank."""
+    for result in results:
+        np.testing.assert_allclose(result["losses"], expected["losses"], rtol=2e-6)
+        np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-5)
+        np.testing.assert_allclose(result["valid_loss"], expected["valid_loss"], rtol=2e-6)
+    for name, tolerance in (("grads", 1e-5), ("params", 2e-4)):
+        assert_same(assemble([result[name] for result in results]), assemble([expected[name]]), tolerance)
+
+
 def _gather_gradient_buffers(run: Run) -> None:
     """With the distributed optimizer a rank holds the reduced gradients of its own part of each bucket alone."""
     for ddp in run.chunks:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
+from megatron_ultramem.memory.build import LAYERS
 from megatron_ultramem.memory.geometry import plan_pools
-from megatron_ultramem.memory.layer import UltraMemV2
 from megatron_ultramem.memory.tables import ValuePool
 
 HIDDEN = 24
@@ -30,7 +30,7 @@ class SmallModel(nn.Module):
             memory, self.pool, hidden_size=HIDDEN, num_layers=num_layers, ffn_ratio=3.25, dtype=dtype
         )
         self.layers = nn.ModuleList(
-            UltraMemV2(memory, hidden_size=HIDDEN, layer=layer, pool=self.pool, table=self.table, dtype=dtype)
+            LAYERS[memory.kind](memory, hidden_size=HIDDEN, layer=layer, pool=self.pool, table=self.table, dtype=dtype)
             for layer in range(num_layers)
         )
         self.table.reset_parameters(seed=3)
@@ -43,7 +43,7 @@ class SmallModel(nn.Module):
         return x
 
     def attach_main_grads(self) -> None:
-        for table in (self.table.values, self.table.pre_values):
+        for table in self.table.parameters():
             table.main_grad = torch.zeros_like(table, dtype=torch.promote_types(table.dtype, torch.float32))
 
 

@@ -26,9 +26,9 @@ def gradients(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor
     out = model(x)
     out.square().sum().backward()
     found = {name: param.grad for name, param in model.named_parameters()}
-    for table in (model.table.values, model.table.pre_values):
+    for name, table in model.table.named_parameters():
         if hasattr(table, "main_grad"):
-            found[f"main_grad {tuple(table.shape)}"] = table.main_grad.clone()
+            found[f"main_grad {name}"] = table.main_grad.clone()
             table.main_grad.zero_()
     return {"out": out.detach(), "x": x.grad, **found}
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig, MoEConfig
 from megatron_ultramem.memory.geometry import coarse_k, plan_pools
-from megatron_ultramem.planning.flops import flops_per_token
+from megatron_ultramem.planning.flops import MemoryFlops, flops_per_token
 
 BATCH, SEQUENCE = 2, 16
 
@@ -104,6 +104,53 @@ def test_each_memory_term_agrees_with_torchs_counter(query_per_rank):
         scores.transpose(1, 2) @ torch.randn(heads * tokens, m, 8)
 
     assert flops.lookup == counted(lookup)
+
+
+PRODUCT_KEYS = {"layers": "1", "num_keys": 24, "key_dim": 10, "num_heads": 2, "top_m": 9}
+
+
+def memory_flops(**settings) -> MemoryFlops:
+    memory = MemoryConfig(**{**PRODUCT_KEYS, **settings})
+    return flops_per_token(
+        ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, memory=memory), 128, 1
+    ).memory
+
+
+def test_memory_plus_agrees_with_torchs_counter():
+    flops, x = memory_flops(kind="memory_plus", value_dim=12), torch.randn(BATCH * SEQUENCE, 32)
+    assert flops.query_projection == counted(lambda: x @ torch.randn(32, 2 * 2 * 10))
+    assert flops.gate_projection == flops.value_projection == counted(lambda: x @ torch.randn(32, 12))
+    assert flops.key_scores == counted(lambda: torch.randn(4, len(x), 10) @ torch.randn(4, 10, 24))
+    pairs = [(i, j) for i in range(9) for j in range(9) if (i + 1) * (j + 1) <= 9]
+    assert flops.exact_scores == 2 * len(pairs)  # a sum each, which the counter does not see
+    assert flops.lookup == counted(lambda: torch.randn(len(x), 1, 18) @ torch.randn(len(x), 18, 12))
+    assert flops.pre_value_projection == flops.coarse_combination == 0
+
+
+def test_pkm_and_peer_have_no_projections_but_the_queries():
+    pkm = memory_flops(kind="pkm", value_dim=32)
+    peer = memory_flops(kind="peer", value_dim=32, pre_value_dim=32)
+    assert pkm.value_projection == peer.value_projection == peer.pre_value_projection == peer.gate_projection == 0
+    assert peer.lookup == 2 * pkm.lookup == 2 * 2 * 2 * 9 * 32
+
+
+def test_ultramem_projects_every_block_and_has_one_query_a_side():
+    v2, v1 = (memory_flops(kind=kind, value_dim=12) for kind in ("ultramem_v2", "ultramem"))
+    assert v1.value_projection == 4 * v2.value_projection
+    assert v1.query_projection == v2.query_projection / 2
+    assert v1.key_scores == 2 * v2.key_scores  # sqrt(4) times the keys
+    assert v1.pre_value_projection == 0
+
+
+def test_memory_instead_of_the_ffn_saves_its_flops():
+    kept, replaced = (
+        flops_per_token(
+            ModelConfig(memory=MemoryConfig(kind="memory_plus", layers="0-4", replaces_ffn=replaces)), 128, 1
+        )
+        for replaces in (False, True)
+    )
+    assert replaced.ffn == kept.ffn * 15 / 20
+    assert replaced.memory == kept.memory
 
 
 def test_memory_flops_grow_with_the_keys_that_sharing_adds():

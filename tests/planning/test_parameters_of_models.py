@@ -15,17 +15,28 @@ MIXED = [
     "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=24",
     "model.moe.shared_expert_hidden_size=16",
 ]  # fmt: skip
+NO_PRE_VALUES = "model.memory.pre_value_dim=192"
+KINDS = {
+    "ultramem": [
+        "model.memory.layers='0,2'", "model.memory.join_layers='1,2'", "model.memory.num_heads=2", NO_PRE_VALUES,
+    ],
+    "memory_plus": ["model.memory.layers='1-3'", "model.memory.num_heads=2", NO_PRE_VALUES],
+    "pkm": ["model.memory.value_dim=64", NO_PRE_VALUES, "model.memory.query_norm=none"],
+    "peer": ["model.memory.layers='3'", "model.memory.value_dim=64", "model.memory.pre_value_dim=64"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "settings",
     [
+        *([f"model.memory.kind={kind}", *settings] for kind, settings in KINDS.items()),
+        ["model.memory.kind=memory_plus", NO_PRE_VALUES, "model.memory.query_norm=batch"],
         ["model.memory.sharing=ring", "model.memory.share_size=2"],
         MIXED,
         ["model.memory.layers=none", "model.qk_norm=false"],
         ["model.memory.layers=none", "model.qk_norm_width=all_heads", "model.num_query_groups=2"],
     ],
-    ids=["ring", "moe-and-memory-untied", "dense", "norms-over-all-heads"],
+    ids=[*KINDS, "memory-plus-batch-norm", "ring", "moe-and-memory-untied", "dense", "norms-over-all-heads"],
 )
 def test_total_is_the_number_of_parameters_that_megatron_builds(settings):
     where = platform.prepare()

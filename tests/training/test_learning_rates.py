@@ -61,6 +61,11 @@ def test_the_multiplier_of_value_tables_falls_to_one(share: float) -> None:
     assert tables == pytest.approx([lr * factor for lr, factor in zip(ordinary, multipliers, strict=True)])
 
 
+def test_a_fixed_rate_of_value_tables_follows_no_schedule() -> None:
+    assert rates("optimizer.value_lr=1e-3")[1] == [1e-3] * STEPS
+    assert rates("optimizer.value_lr=1e-3")[0] == rates()[0]
+
+
 def test_a_decay_that_ends_before_the_run_stays_at_its_end() -> None:
     ordinary, _ = rates("schedule.decay_steps=10")
     assert ordinary[9:] == pytest.approx([LOW] * 11)
