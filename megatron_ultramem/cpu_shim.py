@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 
 class CpuEvent(torch.cpu.Event):
@@ -91,6 +92,8 @@ def _redirect_rng() -> None:
 
 
 def _redirect_factories() -> None:
+    # Remembers the factories as they are now: `with torch.device(...)` must go on to recognise them inside ours.
+    _device._device_constructors()
     for name in ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros"):
         setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

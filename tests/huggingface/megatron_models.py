@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from torch.nn import functional as F
 
 from megatron_ultramem.checkpoints_convert.huggingface.configuration_ultramem import UltraMemConfig
 from megatron_ultramem.checkpoints_convert.huggingface.modeling_ultramem import UltraMemForCausalLM
@@ -34,6 +35,8 @@ class Reference:
     weights: dict[str, torch.Tensor]
     tokens: torch.Tensor
     logits: torch.Tensor
+    loss: float  # of the next tokens
+    grads: dict[str, torch.Tensor]
 
     def hf_model(self, **fields: object) -> UltraMemForCausalLM:
         """The Hugging Face model with the same weights, in evaluation mode."""
@@ -56,9 +59,12 @@ def build_reference(settings: list[str]) -> Reference:
             layer.refresh()
         tokens = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        with torch.no_grad():
-            logits = gpt.eval()(tokens, positions, None)
-        return Reference(config, hf_weights(gpt, config), tokens, logits.float())
+        logits = gpt.eval()(tokens, positions, None).float()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        state = state_with_permutations(gpt)
+        grads = {name: param.grad for name, param in gpt.named_parameters()}
+        return Reference(config, hf_names(state, config), tokens, logits.detach(), loss.item(), hf_names(grads, config))
     finally:
         destroy_distributed()
 
@@ -71,14 +77,18 @@ def _disturb(gpt: GPTModel) -> None:
             param.data.mul_(1 + 0.3 * torch.randn(param.shape, generator=generator))
 
 
-def hf_weights(gpt: GPTModel, config: Config) -> dict[str, torch.Tensor]:
-    """Megatron's state dict (one rank, local layers) under the names of the Hugging Face model."""
+def state_with_permutations(gpt: GPTModel) -> dict[str, torch.Tensor | None]:
+    """Megatron's state dict and the shuffle permutations, which it does not have: they follow from a seed."""
+    return {**gpt.state_dict(), **{name: made for name, made in gpt.named_buffers() if "permutation" in name}}
+
+
+def hf_names(state: dict[str, torch.Tensor | None], config: Config) -> dict[str, torch.Tensor]:
+    """Megatron's state dict (one rank, local layers), or gradients, under the names of the Hugging Face model."""
     m = config.model
     heads, groups = m.num_attention_heads, m.num_query_groups or m.num_attention_heads
     width = m.head_dim or m.hidden_size // heads
     weights: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, torch.Tensor]] = {}
-    state = {**gpt.state_dict(), **{name: buffer for name, buffer in gpt.named_buffers() if "permutation" in name}}
     for name, tensor in state.items():
         if "_extra_state" in name or tensor is None:
             continue

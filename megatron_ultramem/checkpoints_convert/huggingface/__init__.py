@@ -4,6 +4,10 @@ They import torch, transformers and one another, relatively, and nothing else of
 needs no more. Importing this package imports none of them.
 """
 
+import shutil
+from pathlib import Path
+
+FORMAT_VERSION = 1  # of config.json; `configuration_ultramem.py`, which travels alone, has it too
 MODEL_FILES = (
     "configuration_ultramem.py",
     "modeling_ultramem.py",
@@ -20,3 +24,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_ultramem.UltraMemModel",
     "AutoModelForCausalLM": "modeling_ultramem.UltraMemForCausalLM",
 }
+
+
+def copy_model_files(folder: Path) -> None:
+    """Puts the code into a checkpoint folder."""
+    for name in MODEL_FILES:
+        shutil.copyfile(Path(__file__).parent / name, folder / name)

@@ -91,10 +91,11 @@ class UltraMemConfig(PreTrainedConfig):
         if not self.mlp_layer_types:
             self.mlp_layer_types = ["dense"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # Not in one of transformers' validators: they wrap an error in two others.
+        self._check()
 
-    def validate_architecture(self) -> None:
-        """Raises ValueError naming the field, its value and what is legal; `transformers` calls it."""
-        super().validate_architecture()
+    def _check(self) -> None:
+        """Raises ValueError naming the field, its value and what is legal."""
         if not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"format_version = {self.format_version}: this code reads versions up to {FORMAT_VERSION}; "

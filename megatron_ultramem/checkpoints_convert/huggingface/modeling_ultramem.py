@@ -125,6 +125,7 @@ class UltraMemPreTrainedModel(PreTrainedModel):
                     init.constant_(gain, module.key_dim**-0.4)
             if isinstance(module, UltraMemTuckerRetrieval):
                 init.uniform_(module.cores, 0.0, 1.0)
+            if isinstance(module, UltraMemTuckerRetrieval) and not module.cores.is_meta:  # meta: offloaded to a disk
                 for name, vector in zip(("u", "t"), module.leading_vectors().unbind(1), strict=True):
                     init.copy_(getattr(module, name), vector)
         elif isinstance(module, UltraMemQueryNorm):
