@@ -360,6 +360,12 @@ class TrainConfig:
         "Activation recompute: none, selective (core attention), or full (whole blocks, memory included).",
         choices=("none", "selective", "full"),
     )
+    cuda_graphs: str = setting(
+        "none",
+        "What is recorded as CUDA graphs, which spare the host most of its launches: none, or memory (the memory layers; "
+        "with value tables replicated or by columns, without pipeline parallelism).",
+        choices=("none", "memory"),
+    )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)
     eval_steps: int = setting(10, "Global batches per evaluation; 0: no evaluation.", minimum=0)
     exit_after_steps: Optional[int] = setting(

@@ -23,7 +23,11 @@ class AuxiliaryLossScale:
 
     @classmethod
     def set(cls, scale: torch.Tensor | float) -> None:
-        cls.value = scale
+        old = cls.value
+        if isinstance(scale, torch.Tensor) and isinstance(old, torch.Tensor) and old.device == scale.device:
+            old.copy_(scale)  # in place: recorded CUDA graphs read it there
+        else:
+            cls.value = scale.clone() if isinstance(scale, torch.Tensor) else scale
 
 
 class AuxiliaryLoss(torch.autograd.Function):

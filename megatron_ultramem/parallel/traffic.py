@@ -26,8 +26,27 @@ class Traffic:
         self.messages[direction] += 1
 
     def reset(self) -> None:
-        for direction in self.received:
-            self.received[direction] = self.messages[direction] = 0
+        self.set(Traffic())
+
+    def copy(self) -> Traffic:
+        return Traffic(dict(self.received), dict(self.messages))
+
+    def set(self, other: Traffic) -> None:
+        """Takes over the counts of another."""
+        self.received, self.messages = dict(other.received), dict(other.messages)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return self._combined(other, -1)
+
+    def __iadd__(self, other: Traffic) -> Traffic:
+        self.set(self._combined(other, 1))
+        return self
+
+    def _combined(self, other: Traffic, sign: int) -> Traffic:
+        return Traffic(
+            {direction: count + sign * other.received[direction] for direction, count in self.received.items()},
+            {direction: count + sign * other.messages[direction] for direction, count in self.messages.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Checks of train.cuda_graphs, before a process group or a model exists."""
+
+from __future__ import annotations
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.memory.geometry import parse_layers
+from megatron_ultramem.parallel.cost_model import choose
+
+KINDS = ("ultramem_v2", "ultramem")  # whose layers leave nothing behind on the host
+PLACEMENTS = ("replicated", "columns")  # whose exchanges have static sizes
+
+
+def validate_cuda_graphs(config: Config) -> None:
+    """Raises ConfigError for the first setting that graphs of the memory layers do not go with."""
+    m, p, train = config.model, config.parallel, config.train
+    if train.cuda_graphs == "none":
+        return
+    if not parse_layers(m.memory.layers, m.num_layers, "model.memory.layers"):
+        raise _refusal("model.memory.layers", m.memory.layers, "at least one layer")
+    for name, value, legal in (
+        ("model.memory.kind", m.memory.kind, KINDS),
+        ("model.memory.recompute", m.memory.recompute, (False,)),
+        ("train.recompute", train.recompute, ("none", "selective")),
+        ("parallel.pipeline_parallel_size", p.pipeline_parallel_size, (1,)),
+        ("parallel.overlap_param_gather", p.overlap_param_gather, (False,)),
+        ("parallel.memory_placement", choose(config).placement, PLACEMENTS),
+    ):
+        if value not in legal:
+            raise _refusal(name, value, " or ".join(str(one).lower() for one in legal))
+
+
+def _refusal(name: str, value: object, legal: str) -> ConfigError:
+    return ConfigError(
+        f"train.cuda_graphs = memory with {name} = {str(value).lower()}; legal: {legal}, or cuda_graphs = none"
+    )

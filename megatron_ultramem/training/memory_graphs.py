@@ -1,0 +1,161 @@
+"""Memory layers as CUDA graphs: one launch for a forward and one for a backward, instead of dozens of small ones.
+
+A memory layer's kernels are short, so that a host which launches them one by one is slower than the GPU that runs them.
+Graphs are recorded once, after a first step in which kernels were compiled and communicators made, and replayed in
+every micro-batch of a training step: all forwards in the order of the layers, then all backwards in reverse. The graphs of
+all layers share one memory pool on the strength of this order, which is why there is no pipeline parallelism here.
+
+A backward adds the parameters' gradients to `main_grad` itself; autograd and DDP's hooks see the layer's input and output
+alone, so DDP is told by `gradients_ready`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ultramem.memory.base import MemoryLayer
+from megatron_ultramem.memory.tables import ValuePool
+from megatron_ultramem.parallel.traffic import Traffic
+
+_recorded: weakref.WeakSet[MemoryGraphs] = weakref.WeakSet()
+
+
+class MemoryGraphs:
+    """The graphs of the memory layers of one model chunk.
+
+    Args:
+        layers: in the order in which they run.
+        gradients_ready: called with the parameters of a layer (not the tables') after each of its backwards.
+    """
+
+    def __init__(self, layers: Sequence[MemoryLayer], gradients_ready: Callable[[list[nn.Parameter]], None]) -> None:
+        self._graphs = [_LayerGraph(layer, gradients_ready) for layer in layers]
+        for graph in self._graphs:
+            graph.layer.graph = graph
+        self._is_recorded = False
+
+    def begin_step(self) -> None:
+        """Records the graphs once every layer has run without them."""
+        if self._is_recorded or any(graph.shape is None for graph in self._graphs):
+            return
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        for graph in self._graphs:
+            graph.record_forward(stream, pool)
+        for graph in reversed(self._graphs):
+            graph.record_backward(stream, pool)
+        self._is_recorded = True
+        _recorded.add(self)
+
+    def release(self) -> None:
+        """Gives the graphs back; the layers run without."""
+        for graph in self._graphs:
+            graph.layer.graph = None
+        self._graphs = []
+
+
+def release_all() -> None:
+    """`release` for all graphs of the process. NCCL cannot end a communicator that a graph still refers to."""
+    for graphs in list(_recorded):
+        graphs.release()
+    _recorded.clear()
+
+
+class _LayerGraph:
+    """Forward and backward of one layer for inputs of one shape."""
+
+    def __init__(self, layer: MemoryLayer, gradients_ready: Callable[[list[nn.Parameter]], None]) -> None:
+        self.layer, self._gradients_ready = layer, gradients_ready
+        self.shape: torch.Size | None = None  # of the inputs, once one was seen
+        self._params = [param for param in layer.parameters() if param.requires_grad]
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._recorded = False
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `run` may stand in for the layer on this input: in training, unless somebody watches the layer."""
+        if not (self.layer.training and torch.is_grad_enabled() and x.requires_grad):
+            return False
+        if not self._recorded:
+            self.shape, self._dtype = x.shape, x.dtype
+            return False
+        return x.shape == self.shape and not self.layer._forward_pre_hooks and not self.layer._forward_hooks
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's output; in memory that the next call overwrites."""
+        output: Tensor = _Replay.apply(x, self)
+        return output
+
+    def record_forward(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        assert self.shape is not None
+        device = self._params[0].device
+        self._input = torch.zeros(self.shape, dtype=self._dtype, device=device, requires_grad=True)
+        with _counted(self.layer.table) as self._forward_traffic, self._into(self._forward, stream, pool):
+            self._output = self.layer(self._input)
+
+    def record_backward(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        self._grad_output = torch.zeros_like(self._output)
+        inputs = [self._input, *self._params]
+        with _counted(self.layer.table) as self._backward_traffic, self._into(self._backward, stream, pool):
+            self._grad_input, *grads = torch.autograd.grad(self._output, inputs, self._grad_output)
+            for param, grad in zip(self._params, grads, strict=True):
+                param.main_grad.add_(grad)  # type: ignore[attr-defined]
+        self._output = self._output.detach()
+        self._recorded = True
+
+    def replay_forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self._input.copy_(x)
+        self._forward.replay()
+        self._forward_traffic.repeat()
+        return self._output.detach()
+
+    def replay_backward(self, grad_output: Tensor) -> Tensor:
+        self._grad_output.copy_(grad_output)
+        self._backward.replay()
+        self._backward_traffic.repeat()
+        self._gradients_ready(self._params)
+        self.layer.table.count_backward()
+        return self._grad_input.detach()
+
+    @staticmethod
+    def _into(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.graph:
+        # Of this thread alone: NCCL's watchdog asks for events of earlier collectives meanwhile.
+        return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graph: _LayerGraph) -> Tensor:
+        ctx.graph = graph
+        return graph.replay_forward(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return ctx.graph.replay_backward(grad_output), None
+
+
+class _counted:
+    """What the exchanges of a pool were counted to move while they were only recorded: taken back at the end, and added
+    by every `repeat`."""
+
+    def __init__(self, table: ValuePool) -> None:
+        self._traffic: Traffic | None = getattr(table.placement, "traffic", None)
+
+    def __enter__(self) -> _counted:
+        self._before = self._traffic.copy() if self._traffic is not None else None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._traffic is not None and self._before is not None:
+            self._difference = self._traffic - self._before
+            self._traffic.set(self._before)
+
+    def repeat(self) -> None:
+        """Counts what a replay moves."""
+        if self._traffic is not None:
+            self._traffic += self._difference
