@@ -83,6 +83,8 @@ def resolve_backend(config: Config, platform: Platform) -> str:
     if backend == "transformer_engine" and not (platform.is_cuda and has_transformer_engine()):
         missing = "Transformer Engine is not installed" if platform.is_cuda else "there is no GPU"
         raise ConfigError(f"model.backend = transformer_engine: {missing}; legal here: local or auto")
+    if config.train.cuda_graphs != "none" and not platform.is_cuda:
+        raise ConfigError(f"train.cuda_graphs = {config.train.cuda_graphs}: there is no GPU; legal here: none")
     if config.parallel.context_parallel_size > 1 and backend == "local":
         raise ConfigError(
             f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "

@@ -8,12 +8,13 @@ Every case is a run of its own on `--ranks` GPUs, all with one memory-parallel g
 (benchmarks/results/memory_parallel_<hardware>.json), means over one rank's micro-batches where not said otherwise:
   tokens_per_s                 forward and backward of 4 micro-batches on every rank, all ranks together
   tokens_per_s_with_optimizer  whole steps of as many
-  step_cost_percent            step time over that of `replicated`, less 100 %
+  step_cost_percent            step time over that of `replicated` (with CUDA graphs: `replicated_graphs`), less 100 %
   exchange_mb                  received in forward and backward, by the run-time counter
   exchange_ms, exchange_gb_s   time of the all-to-all kernels (waiting for the other rank included), and the rate
   exchange_hidden_percent      of that time in which another kernel ran
   gpu_busy_ms, peak_gib        of rank 0
-The case `all_to_all_<size>` is the bare collective. `--traces FOLDER` keeps rank 0's kernels of a micro-batch and draws
+The case `all_to_all` is the bare collective. `too_large_for_one` has tables whose weights, gradients and optimizer state
+one GPU could not hold (`table_gib_on_one`, against `gpu_gib`), where two can (`table_gib` each). `--traces FOLDER` keeps rank 0's kernels of a micro-batch and draws
 the timeline of a few milliseconds of it.
 """
 
@@ -38,14 +39,19 @@ from megatron_ultramem.results import Row, write_results
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MICRO_BATCHES = 4  # of a rank, per measured step
 WARM_UP_STEPS, MEASURED_STEPS = 3, 3
-BESIDE_FFN = "parallel.overlap_exchange=true"
+BYTES_OF_A_PARAMETER = 2 + 4 + 12  # bf16, its fp32 gradient, fp32 weight and two moments
+BESIDE_FFN, GRAPHS = "parallel.overlap_exchange=true", "train.cuda_graphs=memory"
 CASES = {
-    "replicated": [],
+    "replicated": ["replicated"],
     "rows": ["rows"],
     "rows_overlap": ["rows", BESIDE_FFN],
     "rows_static_overlap": ["rows", BESIDE_FFN, "parallel.exchange_capacity=1.25"],
     "columns": ["columns"],
     "columns_overlap": ["columns", BESIDE_FFN],
+    "replicated_graphs": ["replicated", GRAPHS],
+    "columns_graphs": ["columns", GRAPHS],
+    "columns_overlap_graphs": ["columns", BESIDE_FFN, GRAPHS],
+    "too_large_for_one": ["columns", BESIDE_FFN, "model.memory.num_keys=1130"],
 }
 
 
@@ -59,8 +65,7 @@ def main() -> int:
         load_config(args.config, args.overrides)
         for case in args.cases.split(","):
             rows += _in_processes(args, case)
-            if case != "replicated":
-                rows += _cost(rows, case)
+            rows += _cost(rows, case)
             _show([row for row in rows if row.case == case])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -137,7 +142,7 @@ def bare_exchange() -> list[Row]:
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """One case on this rank; rows on the first."""
-    placement, *settings = CASES[args.child] or ["replicated"]
+    placement, *settings = CASES[args.child]
     ranks = int(os.environ["WORLD_SIZE"])
     micro = load_config(args.config, args.overrides).train.micro_batch_size
     config = load_config(args.config, [
@@ -177,6 +182,14 @@ def measure(args: argparse.Namespace) -> list[Row]:
         Row(args.child, "peak_gib", peak, "GiB"),
         Row(args.child, "loss_last_step", loss, "nats/token"),
     ]
+    tables = sum(table.numel() for pool in value_pools(run.model) for table in pool.parameters())
+    if args.child == "too_large_for_one":
+        held = tables * BYTES_OF_A_PARAMETER / 2**30
+        rows += [
+            Row(args.child, "table_gib", held, "GiB per rank"),
+            Row(args.child, "table_gib_on_one", held * ranks, "GiB"),
+            Row(args.child, "gpu_gib", torch.cuda.get_device_properties(0).total_memory / 2**30, "GiB"),
+        ]
     if traffic is not None:
         exchange = [span for span in spans if is_exchange(span.name)]
         others = [span for span in spans if not is_exchange(span.name)]
@@ -241,10 +254,11 @@ def _color(kernel: str) -> str:
 
 
 def _cost(rows: list[Row], case: str) -> list[Row]:
+    base = "replicated_graphs" if case.endswith("_graphs") else "replicated"
     step = {row.case: row.value for row in rows if row.metric == "step_ms"}
-    if "replicated" not in step or case not in step:
+    if case == base or base not in step or case not in step:
         return []
-    return [Row(case, "step_cost_percent", 100 * (step[case] / step["replicated"] - 1), "% of replicated")]
+    return [Row(case, "step_cost_percent", 100 * (step[case] / step[base] - 1), f"% of {base}")]
 
 
 def _show(rows: list[Row]) -> None:

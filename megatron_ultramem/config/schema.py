@@ -362,8 +362,8 @@ class TrainConfig:
     )
     cuda_graphs: str = setting(
         "none",
-        "What is recorded as CUDA graphs, which spare the host most of its launches: none, or memory (the memory layers; "
-        "with value tables replicated or by columns, without pipeline parallelism).",
+        "What is recorded as CUDA graphs, which spare the host most of its launches: none, or memory (the memory "
+        "layers, with value tables replicated or by columns, without pipeline parallelism).",
         choices=("none", "memory"),
     )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)

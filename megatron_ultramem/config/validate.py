@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_blocks import validate_blocks
+from megatron_ultramem.config.validate_graphs import validate_cuda_graphs
 from megatron_ultramem.config.validate_memory import expert_group_size, validate_memory_parallel
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
@@ -19,6 +20,7 @@ def validate(config: Config, *, training: bool = True) -> None:
     validate_blocks(config, stage_of_layer(config))
     _validate_pools(config)
     validate_memory_parallel(config)
+    validate_cuda_graphs(config)
     _validate_batches(config)
     _validate_rest(config)
 

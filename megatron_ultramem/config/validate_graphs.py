@@ -7,7 +7,7 @@ from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import parse_layers
 from megatron_ultramem.parallel.cost_model import choose
 
-KINDS = ("ultramem_v2", "ultramem")  # whose layers leave nothing behind on the host
+KINDS = ("ultramem_v2",)
 PLACEMENTS = ("replicated", "columns")  # whose exchanges have static sizes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,16 @@ class Kept:
     counts_HSN: torch.Tensor | None = None
 
 
+class LayerGraph(Protocol):
+    """Forward and backward of a layer recorded for inputs of one shape."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `run` may compute this input's output."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output."""
+
+
 class MemoryLayer(nn.Module, ABC):
     """One memory layer. Its value pool is owned elsewhere: no submodule, so that it is saved and moved once.
 
@@ -40,6 +50,7 @@ class MemoryLayer(nn.Module, ABC):
     """
 
     permutation: torch.Tensor | None
+    graph: LayerGraph | None = None  # stands in for the layer where it `takes` the input
     retrieval: nn.Module
     query_proj: nn.Module
 
@@ -87,6 +98,8 @@ class MemoryLayer(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised FFN input [T, h] or [S, B, h] -> what is added to the residual stream, of the same shape."""
+        if self.graph is not None and self.graph.takes(x):
+            return self.graph.run(x)
         x_TH, kept = x.reshape(-1, x.shape[-1]), Kept()
         if self.config.recompute and torch.is_grad_enabled():
             out_TH = checkpoint(self._forward, x_TH, kept, use_reentrant=False, preserve_rng_state=False)

@@ -124,14 +124,17 @@ class ValuePool(nn.Module):
             pre_input_TD,
             self.values,
             self.values.new_empty(len(self.values), 0) if pre_values is None else pre_values,
-            after_backward=self._count_backward,
+            after_backward=self.count_backward,
         )
 
     def reset_grad_count(self) -> None:
         """Forgets backwards of a microbatch that was not finished (after an error)."""
         self._backwards = 0
 
-    def _count_backward(self) -> None:
+    def count_backward(self) -> None:
+        """One user's backward of this microbatch is done. Only recorded as a CUDA graph, it is not."""
+        if self.values.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         self._backwards += 1
         if self._backwards < self.num_users:
             return

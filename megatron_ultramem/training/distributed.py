@@ -14,6 +14,7 @@ from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.platform import Platform
 from megatron_ultramem.training.agreement import check_same_config
+from megatron_ultramem.training.memory_graphs import release_all
 
 
 def world_size_from_environment() -> int:
@@ -54,7 +55,8 @@ def initialize_model_parallel(config: Config) -> None:
 
 
 def destroy_distributed() -> None:
-    """Ends all groups; safe to call when there are none."""
+    """Ends all groups, and first the CUDA graphs that refer to them; safe to call when there are none."""
+    release_all()
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -2,11 +2,11 @@
 
 A memory layer's kernels are short, so that a host which launches them one by one is slower than the GPU that runs them.
 Graphs are recorded once, after a first step in which kernels were compiled and communicators made, and replayed in
-every micro-batch of a training step: all forwards in the order of the layers, then all backwards in reverse. The graphs of
-all layers share one memory pool on the strength of this order, which is why there is no pipeline parallelism here.
+every micro-batch of a training step: all forwards in the order of the layers, then all backwards in reverse. The graphs
+of all layers share one memory pool on the strength of this order, which is why there is no pipeline parallelism here.
 
-A backward adds the parameters' gradients to `main_grad` itself; autograd and DDP's hooks see the layer's input and output
-alone, so DDP is told by `gradients_ready`.
+A backward adds the parameters' gradients to `main_grad` itself; autograd and DDP's hooks see the layer's input and
+output alone, so DDP is told by `gradients_ready`.
 """
 
 from __future__ import annotations
@@ -31,31 +31,34 @@ class MemoryGraphs:
     Args:
         layers: in the order in which they run.
         gradients_ready: called with the parameters of a layer (not the tables') after each of its backwards.
+
+    Attributes:
+        recorded: whether the layers run as graphs.
     """
 
     def __init__(self, layers: Sequence[MemoryLayer], gradients_ready: Callable[[list[nn.Parameter]], None]) -> None:
         self._graphs = [_LayerGraph(layer, gradients_ready) for layer in layers]
         for graph in self._graphs:
             graph.layer.graph = graph
-        self._is_recorded = False
+        self.recorded = False
 
     def begin_step(self) -> None:
         """Records the graphs once every layer has run without them."""
-        if self._is_recorded or any(graph.shape is None for graph in self._graphs):
+        if self.recorded or any(graph.shape is None for graph in self._graphs):
             return
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         for graph in self._graphs:
             graph.record_forward(stream, pool)
         for graph in reversed(self._graphs):
             graph.record_backward(stream, pool)
-        self._is_recorded = True
+        self.recorded = True
         _recorded.add(self)
 
     def release(self) -> None:
         """Gives the graphs back; the layers run without."""
         for graph in self._graphs:
             graph.layer.graph = None
-        self._graphs = []
+        self._graphs, self.recorded = [], False
 
 
 def release_all() -> None:
@@ -93,13 +96,13 @@ class _LayerGraph:
         assert self.shape is not None
         device = self._params[0].device
         self._input = torch.zeros(self.shape, dtype=self._dtype, device=device, requires_grad=True)
-        with _counted(self.layer.table) as self._forward_traffic, self._into(self._forward, stream, pool):
+        with _Counted(self.layer.table) as self._forward_traffic, self._into(self._forward, stream, pool):
             self._output = self.layer(self._input)
 
     def record_backward(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self._grad_output = torch.zeros_like(self._output)
         inputs = [self._input, *self._params]
-        with _counted(self.layer.table) as self._backward_traffic, self._into(self._backward, stream, pool):
+        with _Counted(self.layer.table) as self._backward_traffic, self._into(self._backward, stream, pool):
             self._grad_input, *grads = torch.autograd.grad(self._output, inputs, self._grad_output)
             for param, grad in zip(self._params, grads, strict=True):
                 param.main_grad.add_(grad)  # type: ignore[attr-defined]
@@ -139,14 +142,14 @@ class _Replay(torch.autograd.Function):
         return ctx.graph.replay_backward(grad_output), None
 
 
-class _counted:
+class _Counted:
     """What the exchanges of a pool were counted to move while they were only recorded: taken back at the end, and added
     by every `repeat`."""
 
     def __init__(self, table: ValuePool) -> None:
         self._traffic: Traffic | None = getattr(table.placement, "traffic", None)
 
-    def __enter__(self) -> _counted:
+    def __enter__(self) -> _Counted:
         self._before = self._traffic.copy() if self._traffic is not None else None
         return self
 

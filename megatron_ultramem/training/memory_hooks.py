@@ -17,20 +17,26 @@ from megatron.core.models.gpt import GPTModel
 from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.tucker_layer import refresh_layers
 from megatron_ultramem.model.build import memory_layers, value_pools
+from megatron_ultramem.training.memory_graphs import MemoryGraphs
 
 
 class MemoryHooks:
-    """Connects the memory layers and pools of one model chunk with the chunk's DDP."""
+    """Connects the memory layers and pools of one model chunk with the chunk's DDP.
 
-    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel) -> None:
+    cuda_graphs: the layers run as CUDA graphs from the second step on.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel, *, cuda_graphs: bool = False) -> None:
         self.ddp = ddp
         self.layers = memory_layers([chunk])
         self.pools = value_pools([chunk])
         self._stale: set[int] = set()
         for pool in self.pools:
             pool.grad_ready = self._grad_ready
-        for layer in self.layers:
-            layer.register_forward_pre_hook(self._before_forward)
+        if ddp.ddp_config.overlap_param_gather:
+            for layer in self.layers:
+                layer.register_forward_pre_hook(self._before_forward)
+        self.graphs = MemoryGraphs(self.layers, self._gradients_ready) if cuda_graphs else None
 
     def begin_step(self) -> None:
         """Recomputes what the layers derive from their parameters once per optimizer step.
@@ -44,14 +50,20 @@ class MemoryHooks:
             self._stale = {layer.layer for layer in self.layers}
         else:
             refresh_layers(self.layers)
+        if self.graphs is not None:
+            self.graphs.begin_step()
 
     def end_step(self) -> None:
         """Lets the layers take up what the micro-batches left. A collective call."""
         for layer in self.layers:
             layer.end_step()
 
+    def _gradients_ready(self, params: Sequence[torch.nn.Parameter]) -> None:
+        for param in params:
+            self._grad_ready(param)
+
     def _grad_ready(self, param: torch.nn.Parameter) -> None:
-        """The gradient of a table is complete in main_grad."""
+        """The gradient of a table, or of a parameter that autograd does not see, is complete in main_grad."""
         if self.ddp.ddp_config.overlap_grad_reduce:
             if param.is_cuda:
                 _join_streams(param.device)
@@ -59,7 +71,7 @@ class MemoryHooks:
 
     def _before_forward(self, layer: MemoryLayer, _: Any) -> None:
         # Outside training steps (evaluation, saving) parameters are whole and DDP's own hooks are off.
-        if self.ddp.ddp_config.overlap_param_gather and self.ddp.remove_forward_pre_hook_handles:
+        if self.ddp.remove_forward_pre_hook_handles:
             for module in (layer.retrieval, layer.table):
                 for param in module.parameters(recurse=False):
                     self.ddp.param_to_bucket_group[param].finish_param_sync()
