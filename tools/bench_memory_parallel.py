@@ -13,9 +13,9 @@ Every case is a run of its own on `--ranks` GPUs, all with one memory-parallel g
   exchange_ms, exchange_gb_s   time of the all-to-all kernels (waiting for the other rank included), and the rate
   exchange_hidden_percent      of that time in which another kernel ran
   gpu_busy_ms, peak_gib        of rank 0
-The case `all_to_all` is the bare collective. `too_large_for_one` has tables whose weights, gradients and optimizer state
-one GPU could not hold (`table_gib_on_one`, against `gpu_gib`), where two can (`table_gib` each). `--traces FOLDER` keeps rank 0's kernels of a micro-batch and draws
-the timeline of a few milliseconds of it.
+The case `all_to_all` is the bare collective. `too_large_for_one` has tables whose weights, gradients and optimizer
+state one GPU could not hold (`table_gib_on_one`, against `gpu_gib`), where two can (`table_gib` each). With `--traces`
+rank 0's kernels of a micro-batch are kept in that folder, and a few milliseconds of them drawn.
 """
 
 from __future__ import annotations
