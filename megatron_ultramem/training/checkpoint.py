@@ -288,13 +288,13 @@ def load_weights(folder: Path, record: folders.Record, model: list[GPTModel]) ->
     Raises CheckpointError for tensors that are missing, left over or of another shape, and for damaged files.
     """
     _check_shuffles(folder, record, _shuffles(model))
-    _fill(model, contents.load_sharded(contents.model_state(model), folder, ignore=("optimizer", "rng")))
+    _fill(model, contents.load_sharded(contents.model_state(model), folder, ignore=folders.NOT_WEIGHTS))
 
 
 def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
         misfits = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        keys = [key for key in misfits.missing_keys + misfits.unexpected_keys if not contents.is_extra_state(key)]
+        keys = [key for key in misfits.missing_keys + misfits.unexpected_keys if not folders.is_extra_state(key)]
         if keys:  # load_sharded has compared the names that are saved; these are torch's
             raise CheckpointError(f"model chunk {number} and the checkpoint do not fit: {', '.join(keys[:8])}")
 

@@ -36,6 +36,9 @@ _DRAFT, _DOOMED, _PROBE, _LINK = ".saving-", ".deleting-", ".write-test-", ".lat
 # What Megatron's torch_dist format writes beside the shards, and our two files.
 _REQUIRED = ("run.json", "config.yaml", "metadata.json", ".metadata", "common.pt")
 
+NOT_WEIGHTS = ("optimizer", "rng")
+"""How the names of entries begin that do not belong to the model."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -145,6 +148,16 @@ def read_config(folder: Path) -> Config:
         return load_config(folder / "config.yaml", check=False)
     except ConfigError as error:
         raise DamagedCheckpointError(f"checkpoint {folder}: its settings cannot be read: {error}") from None
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether a name is Transformer Engine's state of a module (FP8 scales), which local modules do not have."""
+    return "_extra_state" in key
+
+
+def is_weight(key: str) -> bool:
+    """Whether an entry of a checkpoint belongs to the model, and is not optimizer, random or FP8 state."""
+    return not key.startswith(NOT_WEIGHTS) and not is_extra_state(key)
 
 
 def check_writable(folder: Path, setting: str) -> None:

@@ -27,7 +27,7 @@ from megatron_ultramem.compat import padding_kept, share_step
 from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, UserError
-from megatron_ultramem.training.checkpoint_folder import Record, read_config
+from megatron_ultramem.training.checkpoint_folder import Record, is_extra_state, read_config
 
 Decision = TypeVar("Decision")
 
@@ -219,11 +219,6 @@ def load_sharded(state: dict[str, Any], folder: Path, *, ignore: tuple[str, ...]
         failure = f"checkpoint {folder} cannot be loaded: {reason(error)}; legal: another one as checkpoint.load"
     raise_alike(failure)
     return loaded
-
-
-def is_extra_state(key: str) -> bool:
-    """Whether a name is Transformer Engine's state of a module (FP8 scales), which local modules do not have."""
-    return "_extra_state" in key
 
 
 def _misfits(left_over: set[str], missing: set[str]) -> str:

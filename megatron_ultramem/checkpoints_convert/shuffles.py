@@ -1,0 +1,111 @@
+"""Shuffle permutations on their way: we keep a seed, a Hugging Face folder keeps the permutations.
+
+They are drawn by torch, and a later torch may draw others from the same seed; a model goes with those it was trained
+with. Where a folder's are not what the seed gives here, the imported checkpoint keeps them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from megatron_ultramem.checkpoints_convert.links import renamed
+from megatron_ultramem.checkpoints_convert.tensors import Recipe, TensorInfo, TensorReader
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.errors import CheckpointError
+from megatron_ultramem.memory.geometry import Pool, plan_pools
+from megatron_ultramem.memory.shuffle import checksum, shuffle_permutation
+from megatron_ultramem.training.checkpoint_folder import Record
+
+
+def our_name(layer: int) -> str:
+    return f"decoder.layers.{layer}.mlp.memory.permutation"
+
+
+def their_name(layer: int) -> str:
+    return f"model.layers.{layer}.memory.permutation"
+
+
+def shuffled_layers(config: Config) -> dict[int, Pool]:
+    """The pool of every layer that has a permutation."""
+    if not config.model.memory.shuffle:
+        return {}
+    return {layer: pool for pool in plan_pools(config.model) for layer in pool.layers}
+
+
+def recipes_to_theirs(config: Config) -> list[Recipe]:
+    """Their permutations, from ours or from the seed."""
+    if config.model.memory.keep_shuffle:
+        return [
+            renamed(our_name(layer), their_name(layer), (pool.virtual_rows,))
+            for layer, pool in shuffled_layers(config).items()
+        ]
+    return [_drawn(config, layer, pool) for layer, pool in shuffled_layers(config).items()]
+
+
+def _drawn(config: Config, layer: int, pool: Pool) -> Recipe:
+    dtype = torch.int32 if pool.virtual_rows <= torch.iinfo(torch.int32).max else torch.int64
+
+    def rows(reader: TensorReader, start: int, stop: int) -> torch.Tensor:
+        return draw(config, layer, pool)[start:stop]
+
+    return Recipe(their_name(layer), (pool.virtual_rows,), {}, rows, dtype, "drawn from model.memory.shuffle_seed")
+
+
+def draw(config: Config, layer: int, pool: Pool) -> torch.Tensor:
+    """The permutation that the seed gives."""
+    seed = config.model.memory.shuffle_seed
+    return shuffle_permutation(pool.virtual_rows, seed=seed, pool=pool.index, layer=layer)
+
+
+def checksums(config: Config) -> dict[str, str]:
+    """For run.json: by layer, '' where the checkpoint keeps the permutation itself."""
+    layers = {str(layer): "" for pool in plan_pools(config.model) for layer in pool.layers}
+    if not config.model.memory.keep_shuffle:
+        layers |= {str(layer): checksum(draw(config, layer, pool)) for layer, pool in shuffled_layers(config).items()}
+    return layers
+
+
+def check_seed(config: Config, record: Record, checkpoint: object) -> None:
+    """Raises CheckpointError if the seed gives other permutations here than those the checkpoint was trained with."""
+    ours = checksums(config)
+    wrong = [layer for layer, found in ours.items() if record.shuffles.get(layer) != found]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: model.memory.shuffle_seed gives other permutations here (layers "
+            f"{', '.join(wrong[:8])}) than where it was trained, with torch {record.versions.get('torch')}; legal: that torch"
+        )
+
+
+def from_theirs(config: Config, reader: TensorReader) -> tuple[Config, list[Recipe], dict[str, str]]:
+    """(settings, recipes, what was read to be compared): whether the seed gives the folder's permutations.
+
+    Raises CheckpointError if one is missing, of another size, or no permutation.
+    """
+    layers = shuffled_layers(config)
+    compared, differ = {}, config.model.memory.keep_shuffle
+    for layer, pool in layers.items():
+        name = their_name(layer)
+        _check_permutation(name, reader, reader.tensors.get(name), pool.virtual_rows)
+        differ = differ or not torch.equal(reader.read(name), draw(config, layer, pool))
+        compared[name] = "equal to what model.memory.shuffle_seed gives"
+    if not differ:
+        return config, [], compared
+    memory = replace(config.model.memory, keep_shuffle=True)
+    config = replace(config, model=replace(config.model, memory=memory))
+    recipes = [renamed(their_name(layer), our_name(layer), (pool.virtual_rows,)) for layer, pool in layers.items()]
+    return config, recipes, {}
+
+
+def _check_permutation(name: str, reader: TensorReader, info: TensorInfo | None, rows: int) -> None:
+    if info is None:
+        raise CheckpointError(f"{name} is missing, though the model has a shuffle")
+    seen = torch.zeros(rows, dtype=torch.bool)
+    if info.shape == (rows,) and info.dtype in (torch.int32, torch.int64):
+        indices = reader.read(name).long()
+        if not indices.numel() or 0 <= int(indices.min()) <= int(indices.max()) < rows:
+            seen[indices] = True
+    if not seen.all():
+        raise CheckpointError(f"{name} {list(info.shape)} {info.dtype} is no permutation of {rows} rows")
