@@ -1,4 +1,4 @@
-"""`ultramem train|generate|config|plan|doctor`: parses, calls, prints.
+"""`ultramem train|generate|convert|config|plan|doctor`: parses, calls, prints.
 
 Imports are inside the commands: `--help` must not wait for torch and Megatron.
 """
@@ -89,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_ranks(generate)
     generate.set_defaults(run=_generate)
 
+    convert = commands.add_parser(
+        "convert",
+        help="convert checkpoints to and from Hugging Face",
+        description="Converts weights to and from Hugging Face folders, a block at a time, accounts for every tensor, "
+        "and compares the logits of both sides.",
+    )
+    _add_conversions(convert)
+    convert.set_defaults(run=_convert)
+
     config = commands.add_parser(
         "config",
         help="print the resolved settings, each with an explanation",
@@ -146,6 +155,35 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_conversions(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(required=True, metavar="direction", dest="direction")
+    for name, what, source, target in (
+        ("to-hf", "a checkpoint of the trainer to a Hugging Face folder", "checkpoint, folder of them, or run folder",
+         "folder to make"),
+        ("from-hf", "a Hugging Face folder (UltraMem, Llama-style, OLMoE) to a checkpoint to train on from",
+         "Hugging Face folder", "folder of the checkpoint to make"),
+    ):  # fmt: skip
+        direction = directions.add_parser(name, help=what, description=f"Converts {what}.")
+        direction.add_argument("source", type=Path, help=source)
+        direction.add_argument("target", type=Path, help=target)
+        direction.add_argument("--no-verify", action="store_true", help="do not compare the logits of both sides")
+        direction.add_argument(
+            "--verify-precision", default="fp32", choices=("fp32", "bf16"), help="of that comparison (default fp32)"
+        )
+        if name == "to-hf":
+            direction.add_argument(
+                "--max-shard-size", default="5GB", help="of a file of weights (default 5GB)", metavar="SIZE"
+            )
+        direction.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.setting=value",
+            help="data.tokenizer.path, if the tokenizer has moved"
+            if name == "to-hf"
+            else "of the checkpoint's settings",
+        )
+
+
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="start this many processes on this machine (else: torchrun's)")
 
@@ -180,6 +218,12 @@ def _generate(args: argparse.Namespace) -> None:
     from megatron_ultramem.inference.command import run_generate
 
     run_generate(args)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from megatron_ultramem.checkpoints_convert.command import run_convert
+
+    run_convert(args)
 
 
 def _config(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_ultramem.checkpoints_convert import shuffles
+from megatron_ultramem.checkpoints_convert.conversion_file import Conversion
 from megatron_ultramem.checkpoints_convert.megatron_writer import write_checkpoint
 from megatron_ultramem.checkpoints_convert.tensors import Made, Recipe, TensorInfo, TensorReader
 from megatron_ultramem.checkpoints_convert.tokenizer_files import Found
@@ -18,6 +19,8 @@ from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError
 from megatron_ultramem.training.checkpoint_folder import Record
+
+ORIGIN = ("step", "consumed_samples", "consumed_tokens")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Import:
         tokenizer: with the place where its file will be.
         recipes: of every tensor of the checkpoint.
         compared: tensors of the source that only had to equal something, and what.
+        conversion: what a folder that we wrote says of itself.
         origin: step, consumed_samples and consumed_tokens of the run that the model comes from.
     """
 
@@ -40,9 +44,7 @@ class Import:
     recipes: Sequence[Recipe]
     compared: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGIN, 0))
-
-
-ORIGIN = ("step", "consumed_samples", "consumed_tokens")
+    conversion: Conversion | None = None
 
 
 def write_model(draft: Path, model: Import, tensors: Sequence[Made], advance: Callable[[int], None]) -> None:

@@ -1,7 +1,7 @@
 """ultramem_conversion.json: what a Hugging Face folder that we wrote must know for the way back.
 
-config.json holds the model. This file holds the rest of the run's settings, its position and tokenizer, and a SHA-256 of
-every file of weights. A folder without it (one that transformers has saved) converts too, with default settings.
+config.json holds the model. This file holds the rest of the run's settings, its position and tokenizer, and a SHA-256
+of every file of weights. A folder without it (one that transformers has saved) converts too, with default settings.
 """
 
 from __future__ import annotations

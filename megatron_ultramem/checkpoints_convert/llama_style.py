@@ -23,7 +23,7 @@ def model_settings(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        theirs = AutoConfig.from_pretrained(str(folder))
+        theirs = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())}") from None
     rope = theirs.rope_parameters

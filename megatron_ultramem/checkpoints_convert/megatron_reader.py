@@ -12,6 +12,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,7 +57,7 @@ class CheckpointReader:
             self.tensors = {
                 name: TensorInfo(tuple(entry.size), entry.properties.dtype)
                 for name, entry in metadata.state_dict_metadata.items()
-                if name in self._parts
+                if name in self._parts and isinstance(entry, TensorStorageMetadata)
             }
             self.left_behind = [name for name in metadata.state_dict_metadata if name not in self._parts]
         except Exception as error:  # unpickling a damaged file can raise anything
@@ -89,7 +90,7 @@ def _read_rows(part: _Part, dtype: torch.dtype, start: int, stop: int) -> torch.
         data_offset = _data_offset(part)
         if data_offset is None:
             with _Window(part.file, part.offset, part.length) as window:
-                whole: torch.Tensor = torch.load(window, weights_only=True)
+                whole: torch.Tensor = torch.load(cast(IO[bytes], window), weights_only=True)
             return whole.view(part.shape)[start:stop]
         rows = torch.empty((stop - start, *part.shape[1:]), dtype=dtype)
         row_bytes = math.prod(part.shape[1:]) * dtype.itemsize
@@ -107,7 +108,7 @@ def _read_rows(part: _Part, dtype: torch.dtype, start: int, stop: int) -> torch.
 def _data_offset(part: _Part) -> int | None:
     """Where the numbers of a part begin, in bytes after the part's own offset; None where they lie in another order."""
     with _Window(part.file, part.offset, part.length) as window, FakeTensorMode():
-        tensor = torch.load(window, weights_only=True)
+        tensor = torch.load(cast(IO[bytes], window), weights_only=True)
     if tensor.numel() != math.prod(part.shape):
         raise ValueError(f"a shard has {list(tensor.shape)}, its metadata says {list(part.shape)}")
     if not tensor.is_contiguous() or tensor.storage_offset():

@@ -6,6 +6,7 @@ one block at a time, and each block is a shard of its tensor, so that any layout
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,14 +32,12 @@ def write_checkpoint(folder: Path, tensors: Sequence[Made], advance: Progress) -
 
     from megatron_ultramem.training.checkpoint_state import MODEL_METADATA, OPTIMIZER_METADATA
 
+    # A file for every block: in a file of several, torch keeps what it has written in memory.
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
     try:
-        dcp.save(
-            {},
-            # A file for every block: in a file of several, torch keeps what it has written in memory.
-            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=False),
-            planner=_BlockPlanner(tensors, advance),
-            no_dist=True,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            dcp.save({}, storage_writer=writer, planner=_BlockPlanner(tensors, advance), no_dist=True)
     except dcp.api.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
     torch.save({"content_metadata": {**MODEL_METADATA, **OPTIMIZER_METADATA}}, folder / "common.pt")

@@ -71,8 +71,8 @@ class SafetensorsReader:
             if digests.get(name) != digest.hexdigest():
                 raise CheckpointError(
                     f"{self.folder / name} is not the file that was written by the conversion: its SHA-256 is "
-                    f"{digest.hexdigest()[:16]}…, recorded is {str(digests.get(name))[:16]}…; legal: an undamaged copy, "
-                    "or, if it was changed on purpose, the folder without ultramem_conversion.json"
+                    f"{digest.hexdigest()[:16]}…, recorded is {str(digests.get(name))[:16]}…; legal: an undamaged "
+                    "copy, or, if it was changed on purpose, the folder without ultramem_conversion.json"
                 )
 
     @property
@@ -86,9 +86,7 @@ class SafetensorsReader:
                 raise CheckpointError(f"{path} and {self._places[name].file} both hold {name}")
             dtype = _TORCH_DTYPES.get(entry["dtype"])
             if dtype is None:
-                raise CheckpointError(
-                    f"{path}: {name} is of dtype {entry['dtype']}; legal: {', '.join(_TORCH_DTYPES)}"
-                )
+                raise CheckpointError(f"{path}: {name} is of dtype {entry['dtype']}; legal: {', '.join(_TORCH_DTYPES)}")
             self.tensors[name] = TensorInfo(tuple(entry["shape"]), dtype)
             self._places[name] = _Place(path, entry["offset"])
 

@@ -6,13 +6,12 @@ with. Where a folder's are not what the seed gives here, the imported checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from megatron_ultramem.checkpoints_convert.links import renamed
-from megatron_ultramem.checkpoints_convert.tensors import Recipe, TensorInfo, TensorReader
+from megatron_ultramem.checkpoints_convert.tensors import Recipe, TensorReader
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError
 from megatron_ultramem.memory.geometry import Pool, plan_pools
@@ -75,37 +74,32 @@ def check_seed(config: Config, record: Record, checkpoint: object) -> None:
     if wrong:
         raise CheckpointError(
             f"checkpoint {checkpoint}: model.memory.shuffle_seed gives other permutations here (layers "
-            f"{', '.join(wrong[:8])}) than where it was trained, with torch {record.versions.get('torch')}; legal: that torch"
+            f"{', '.join(wrong[:8])}) than where it was trained, with torch {record.versions.get('torch')}; "
+            "legal: that torch"
         )
 
 
 def from_theirs(config: Config, reader: TensorReader) -> tuple[Config, list[Recipe], dict[str, str]]:
     """(settings, recipes, what was read to be compared): whether the seed gives the folder's permutations.
 
-    Raises CheckpointError if one is missing, of another size, or no permutation.
+    Raises CheckpointError if one is no permutation.
     """
     layers = shuffled_layers(config)
-    compared, differ = {}, config.model.memory.keep_shuffle
+    differ = config.model.memory.keep_shuffle
     for layer, pool in layers.items():
-        name = their_name(layer)
-        _check_permutation(name, reader, reader.tensors.get(name), pool.virtual_rows)
-        differ = differ or not torch.equal(reader.read(name), draw(config, layer, pool))
-        compared[name] = "equal to what model.memory.shuffle_seed gives"
+        found = reader.read(their_name(layer))
+        _check_permutation(their_name(layer), found)
+        differ = differ or not torch.equal(found, draw(config, layer, pool))
     if not differ:
-        return config, [], compared
+        same = "equal to what model.memory.shuffle_seed gives"
+        return config, [], {their_name(layer): same for layer in layers}
     memory = replace(config.model.memory, keep_shuffle=True)
     config = replace(config, model=replace(config.model, memory=memory))
     recipes = [renamed(their_name(layer), our_name(layer), (pool.virtual_rows,)) for layer, pool in layers.items()]
     return config, recipes, {}
 
 
-def _check_permutation(name: str, reader: TensorReader, info: TensorInfo | None, rows: int) -> None:
-    if info is None:
-        raise CheckpointError(f"{name} is missing, though the model has a shuffle")
-    seen = torch.zeros(rows, dtype=torch.bool)
-    if info.shape == (rows,) and info.dtype in (torch.int32, torch.int64):
-        indices = reader.read(name).long()
-        if not indices.numel() or 0 <= int(indices.min()) <= int(indices.max()) < rows:
-            seen[indices] = True
-    if not seen.all():
-        raise CheckpointError(f"{name} {list(info.shape)} {info.dtype} is no permutation of {rows} rows")
+def _check_permutation(name: str, found: torch.Tensor) -> None:
+    rows = found.numel()
+    if found.is_floating_point() or not torch.equal(found.long().sort().values, torch.arange(rows)):
+        raise CheckpointError(f"{name} {list(found.shape)} is no permutation of {rows} rows")

@@ -28,8 +28,8 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         draft.mkdir()
     except FileExistsError:
         raise CheckpointError(
-            f"{draft} exists: another conversion is writing there, or one was killed; legal: delete that folder if none "
-            "is running"
+            f"{draft} exists: another conversion is writing there, or one was killed; legal: delete that folder if "
+            "none is running"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None

@@ -102,4 +102,4 @@ def row_blocks(info: TensorInfo, limit: int = BLOCK_BYTES) -> Iterator[tuple[int
 
 def raw_bytes(block: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    return memoryview(block.view(-1).view(torch.uint8).numpy())
+    return block.view(-1).view(torch.uint8).numpy().data

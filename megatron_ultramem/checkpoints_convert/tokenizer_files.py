@@ -67,7 +67,7 @@ def _compare(tokenizer: Tokenizer, folder: Path, kind: str) -> list[str]:
     """Removes a made tokenizer.json that reads texts in another way; returns remarks."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(str(folder))
+    theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True)
     differing = [text for text in SAMPLES if theirs(text, add_special_tokens=False).input_ids != tokenizer.encode(text)]
     if theirs.eos_token_id != tokenizer.eod:
         differing.append(str(theirs.eos_token))
@@ -81,7 +81,9 @@ def _compare(tokenizer: Tokenizer, folder: Path, kind: str) -> list[str]:
     if differing:
         return [f"AutoTokenizer reads {differing[0][:30]!r}… in another way than training did"]
     if theirs(SAMPLES[0]).input_ids != tokenizer.encode(SAMPLES[0]):
-        return ["AutoTokenizer adds special tokens to a text, training did not; add_special_tokens=False leaves them out"]
+        return [
+            "AutoTokenizer adds special tokens to a text, training did not; add_special_tokens=False leaves them out"
+        ]
     return []
 
 

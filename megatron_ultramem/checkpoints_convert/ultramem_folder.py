@@ -47,8 +47,8 @@ def read_ultramem_folder(folder: Path) -> tuple[Config, int, Conversion | None]:
     vocab_size = theirs.get("tokenizer_vocab_size") or theirs.get("vocab_size")
     if not isinstance(model, dict) or not isinstance(vocab_size, int):
         raise CheckpointError(
-            f"{path} lacks trainer_settings or vocab_size; legal: a folder that `ultramem convert to-hf` wrote, or that "
-            "transformers saved of such a model"
+            f"{path} lacks trainer_settings or vocab_size; legal: a folder that `ultramem convert to-hf` wrote, or "
+            "that transformers saved of such a model"
         )
     conversion = read_conversion(folder)
     tree = {} if conversion is None else config_to_dict(conversion.config)
@@ -68,5 +68,6 @@ def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Non
     ]
     if different:
         raise CheckpointError(
-            f"{path} contradicts itself: {'; '.join(different[:4])}; legal: the value of trainer_settings, or both changed"
+            f"{path} contradicts itself: {'; '.join(different[:4])}; legal: the value of trainer_settings, or "
+            "both changed"
         )

@@ -30,7 +30,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     if path is not None:
         tree = read_yaml(Path(path))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return config_from_dict(tree, check=check)
 
 
@@ -97,7 +97,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Puts `section.setting=value` into a nested dict of settings; raises ConfigError if it has another form."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: must have the form section.setting=value")

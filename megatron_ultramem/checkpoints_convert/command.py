@@ -1,0 +1,164 @@
+"""`ultramem convert`: checkpoints to and from Hugging Face, in one process, a block at a time."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_ultramem.checkpoints_convert import verify
+from megatron_ultramem.checkpoints_convert.account import print_account
+from megatron_ultramem.checkpoints_convert.checkpoint_target import Import, write_model
+from megatron_ultramem.checkpoints_convert.target_folder import check_free, new_folder
+from megatron_ultramem.checkpoints_convert.tensors import Made, Recipe, TensorInfo, make
+from megatron_ultramem.errors import ConfigError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Runs the command; raises the errors of `megatron_ultramem.errors`, and then leaves nothing behind."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "ultramem convert runs in one process, whatever layout the checkpoint has; legal: no launcher"
+        )
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("safetensors") is None:
+        raise ConfigError(
+            "ultramem convert needs transformers and safetensors, which are not installed: pip install "
+            "'megatron-ultramem[hf]'"
+        )
+    _quiet_transformers()
+    console = Console(highlight=False, soft_wrap=True)
+    {"to-hf": _to_hf, "from-hf": _from_hf}[args.direction](args, console)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '200MB', …; raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    if not found or float(found[1]) == 0:
+        raise ConfigError(f"--max-shard-size {text}: legal: a size such as 5GB or 200MB")
+    return int(float(found[1]) * _UNITS[found[2] if found[2] not in (None, "B") else ""])
+
+
+def _to_hf(args: argparse.Namespace, console: Console) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from megatron_ultramem.checkpoints_convert.to_huggingface import export_checkpoint, write_folder
+
+    shard_bytes = parse_size(args.max_shard_size)
+    check_free(args.target)
+    export = export_checkpoint(args.source, args.overrides)
+    tensors = [make(recipe, export.reader) for recipe in export.recipes]
+    with new_folder(args.target, _bytes(tensors)) as draft:
+        with _progress(console, "writing", _bytes(tensors)) as advance:
+            remarks = write_folder(draft, export, tensors, advance, shard_bytes=shard_bytes)
+        prompts = verify.prompts_for(export.tokenizer, export.config.model.max_sequence_length)
+        _gate(
+            args,
+            console,
+            lambda precision: verify.our_logits(export.folder, prompts, precision, args.overrides),
+            lambda precision: verify.their_logits(
+                draft, prompts, precision, AutoModelForCausalLM, trust_remote_code=True
+            ),
+        )
+    _report(console, args, export.recipes, export.reader.tensors, {}, remarks)
+    if left := export.reader.left_behind:
+        console.print(f"not weights, and so not converted: {len(left)} entries of optimizer, random and FP8 state")
+
+
+def _from_hf(args: argparse.Namespace, console: Console) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from megatron_ultramem.checkpoints_convert.from_huggingface import ULTRAMEM, import_folder, model_type
+    from megatron_ultramem.checkpoints_convert.huggingface.modeling_ultramem import UltraMemForCausalLM
+    from megatron_ultramem.checkpoints_convert.safetensors_reader import SafetensorsReader
+
+    check_free(args.target)
+    model = import_folder(args.source, args.target.absolute(), args.overrides)
+    if model.conversion is not None:
+        assert isinstance(model.reader, SafetensorsReader)
+        with _progress(console, "checking", model.reader.file_bytes) as advance:
+            model.reader.check_digests(model.conversion.digests, advance)
+    # Never the code that lies in the folder: it came from somewhere else.
+    loader = UltraMemForCausalLM if model_type(args.source) == ULTRAMEM else AutoModelForCausalLM
+    write_import(args, console, model, lambda prompts, precision: verify.their_logits(
+        args.source, prompts, precision, loader))  # fmt: skip
+
+
+def write_import(
+    args: argparse.Namespace,
+    console: Console,
+    model: Import,
+    their_logits: Callable[[Sequence[Sequence[int]], str], Any],
+) -> None:
+    """Writes a checkpoint, compares it with its source, and prints what was done."""
+    tensors = [make(recipe, model.reader) for recipe in model.recipes]
+    tokenizer, file = model.tokenizer.tokenizer, model.tokenizer.file
+    with new_folder(args.target, _bytes(tensors)) as draft:
+        with _progress(console, "writing", _bytes(tensors)) as advance:
+            write_model(draft, model, tensors, advance)
+        # Until the folder has its name, the tokenizer's path in its settings leads nowhere.
+        moved = [] if file is None else [f"data.tokenizer.path={draft / file.name}"]
+        prompts = verify.prompts_for(tokenizer, model.config.model.max_sequence_length)
+        _gate(
+            args,
+            console,
+            lambda precision: verify.our_logits(draft, prompts, precision, moved),
+            lambda precision: their_logits(prompts, precision),
+        )
+    _report(console, args, model.recipes, model.reader.tensors, model.compared, [])
+    console.print(
+        f"train on with: ultramem train --config {args.target / 'config.yaml'} checkpoint.load={args.target} "
+        "checkpoint.load_optimizer=false train.run_dir=..."
+    )
+
+
+def _gate(args: argparse.Namespace, console: Console, ours: Callable[[str], Any], theirs: Callable[[str], Any]) -> None:
+    if args.no_verify:
+        console.print("logits were not compared (--no-verify)")
+        return
+    precision = args.verify_precision
+    # One after the other, so that one model is in memory at a time.
+    console.print(str(verify.compare(ours(precision), theirs(precision), precision)))
+
+
+def _report(
+    console: Console,
+    args: argparse.Namespace,
+    recipes: Sequence[Recipe],
+    tensors: Mapping[str, TensorInfo],
+    compared: Mapping[str, str],
+    remarks: Sequence[str],
+) -> None:
+    print_account(recipes, tensors, compared, console)
+    for remark in remarks:
+        console.print(f"note: {remark}")
+    console.print(f"written: {args.target}")
+
+
+def _bytes(tensors: Sequence[Made]) -> int:
+    return sum(tensor.info.nbytes for tensor in tensors)
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes; yields what moves it on."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+def _quiet_transformers() -> None:
+    """A bar of its own for every load, and remarks on special tokens, would bury what the conversion says."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
