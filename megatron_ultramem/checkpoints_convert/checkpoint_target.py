@@ -60,7 +60,9 @@ def write_model(draft: Path, model: Import, tensors: Sequence[Made], advance: Ca
         shutil.copyfile(file, draft / file.name)
     save_config(model.config, draft / "config.yaml")
     record = Record(
-        **model.origin,
+        step=model.origin["step"],
+        consumed_samples=model.origin["consumed_samples"],
+        consumed_tokens=model.origin["consumed_tokens"],
         tokenizer=model.tokenizer.tokenizer.identity,
         vocab_size=model.vocab_size,
         layout={"tensor_parallel_size": 1, "pipeline_parallel_size": 1},
