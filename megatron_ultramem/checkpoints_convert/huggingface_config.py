@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 from megatron_ultramem.config.schema import Config, ModelConfig
-from megatron_ultramem.memory.geometry import Pool, coarse_k, parse_layers, plan_pools
+from megatron_ultramem.memory import kinds
+from megatron_ultramem.memory.geometry import Pool, coarse_k, join_layers, parse_layers, plan_pools
 
 
 def hf_config(config: Config, vocab_size: int) -> dict[str, Any]:
@@ -58,20 +59,16 @@ def hf_config(config: Config, vocab_size: int) -> dict[str, Any]:
 
 def _memory(model: ModelConfig, pools: list[Pool]) -> dict[str, Any]:
     memory = model.memory
-    return {
+    joins = join_layers(model)
+    fields: dict[str, Any] = {
         "kind": memory.kind,
         "num_heads": memory.num_heads,
         "key_dim": memory.key_dim,
-        "tucker_rank": memory.tucker_rank,
-        "num_cores": memory.num_cores,
-        "query_per_rank": memory.query_per_rank,
         "top_m": memory.top_m,
         "coarse_k": coarse_k(memory, pools[0].keys_per_side),
         "value_dim": memory.value_dim,
-        "pre_value_dim": memory.pre_value_dim,
-        "activation": memory.activation,
         "shuffle": memory.shuffle,
-        "replaces_ffn": False,
+        "replaces_ffn": kinds.replaces_ffn(memory),
         "pools": [{"rows": pool.rows, "padded_rows": pool.padded_rows} for pool in pools],
         "layers": [
             {
@@ -79,8 +76,22 @@ def _memory(model: ModelConfig, pools: list[Pool]) -> dict[str, Any]:
                 "pool": pool.index,
                 "keys_per_side": pool.keys_per_side,
                 "row_offset": pool.row_offset(layer),
+                **({"join": joins[layer]} if joins[layer] != layer else {}),
             }
             for pool in pools
             for layer in pool.layers
         ],
     }
+    if kinds.kind_of(memory).tucker:
+        fields |= {
+            "tucker_rank": memory.tucker_rank,
+            "num_cores": memory.num_cores,
+            "query_per_rank": memory.kind == "ultramem_v2" and memory.query_per_rank,
+        }
+    else:
+        fields["query_norm"] = kinds.query_norm(memory)
+    if memory.kind == "ultramem_v2":
+        fields |= {"pre_value_dim": memory.pre_value_dim, "activation": memory.activation}
+    elif memory.kind == "ultramem":
+        fields["value_expansion"] = memory.value_expansion
+    return fields

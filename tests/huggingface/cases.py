@@ -31,5 +31,23 @@ CASES = {
         "model.memory.window=start",
     ],
     "no-ring": ["model.memory.sharing=no_ring", "model.memory.share_size=3"],
+    "ultramem": ["model.memory.kind=ultramem", "model.memory.value_expansion=3"],
+    "ultramem-skip-layer": [
+        "model.memory.kind=ultramem", "model.memory.layers='0,1'", "model.memory.join_layers='2,3'",
+        "model.memory.num_heads=2",
+    ],
+    "memory-plus": ["model.memory.kind=memory_plus", "model.memory.layers='0,2'", "model.memory.num_heads=2"],
+    "memory-plus-beside-moe": [
+        "model.memory.kind=memory_plus", "model.memory.replaces_ffn=false", *MOE[1:], "model.memory.shuffle=false",
+    ],
+    "pkm": ["model.memory.kind=pkm", "model.memory.layers='1'", "model.memory.value_dim=32"],
+    "pkm-ring-no-norm": [
+        "model.memory.kind=pkm", "model.memory.value_dim=32", "model.memory.sharing=ring",
+        "model.memory.share_size=2", "model.memory.query_norm=none", "model.memory.coarse_top_k=4",
+    ],
+    "peer": [
+        "model.memory.kind=peer", "model.memory.value_dim=32", "model.memory.pre_value_dim=32",
+        "model.memory.num_heads=2",
+    ],
     "some-layers": ["model.memory.layers='0,3'", "model.memory.sharing=ring", "model.memory.share_size=2"],
 }  # fmt: skip

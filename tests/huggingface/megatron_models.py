@@ -75,6 +75,10 @@ def _disturb(gpt: GPTModel) -> None:
     for param in gpt.parameters():
         if param.dim() == 1:
             param.data.mul_(1 + 0.3 * torch.randn(param.shape, generator=generator))
+            param.data.add_(0.1 * torch.randn(param.shape, generator=generator))
+    for name, buffer in gpt.named_buffers():
+        if "running" in name:
+            buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
 
 
 def state_with_permutations(gpt: GPTModel) -> dict[str, torch.Tensor | None]:

@@ -49,7 +49,19 @@ def own_module_cache(monkeypatch, tmp_path_factory):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("case", ["dense-untied-no-qk-norm-head-width", "moe-shared-expert", "ring", "heads"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dense-untied-no-qk-norm-head-width",
+        "moe-shared-expert",
+        "ring",
+        "heads",
+        "ultramem-skip-layer",
+        "memory-plus",
+        "pkm",
+        "peer",
+    ],
+)
 def test_a_saved_model_loads_bitwise_equal(reference, tmp_path, case):
     made = reference(case)
     model = made.hf_model()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-KINDS = ["dense", "moe", "ring", "heads"]
+KINDS = ["dense", "moe", "ring", "heads", "ultramem-skip-layer", "memory-plus", "peer"]
 PROMPTS = [[5, 17, 3, 99, 42, 7, 64], [11, 2], [8, 8, 31, 110]]
 
 

@@ -11,12 +11,25 @@ from megatron_ultramem.checkpoints_convert.huggingface import ultramem_common
 from tests.huggingface.cases import CASES
 from tests.huggingface.megatron_models import build_reference
 
-MEMORY = ["own-tables", "ring", "heads", "one-query", "three-cores-capped", "gelu", "no-shuffle"]
+MEMORY = [
+    "own-tables",
+    "ring",
+    "heads",
+    "one-query",
+    "three-cores-capped",
+    "gelu",
+    "no-shuffle",
+    "ultramem-skip-layer",
+    "memory-plus",
+    "pkm",
+    "peer",
+]
 
 
+@pytest.mark.parametrize("case", ["ring", "pkm"])
 @pytest.mark.parametrize("how", ["from_pretrained", "from_config", "to"])
-def test_in_bf16_integers_and_singular_vectors_keep_their_precision(reference, tmp_path, how):
-    made = reference("ring")
+def test_in_bf16_integers_and_statistics_keep_their_precision(reference, tmp_path, how, case):
+    made = reference(case)
     model = made.hf_model()
     if how == "from_pretrained":
         model.save_pretrained(tmp_path)
@@ -27,7 +40,7 @@ def test_in_bf16_integers_and_singular_vectors_keep_their_precision(reference, t
         cast = made.hf_model().to(torch.bfloat16)
     wide = model.state_dict()
     for name, tensor in cast.state_dict().items():
-        if name.endswith((".u", ".t")):
+        if name.endswith((".u", ".t", "running_mean", "running_var")):
             assert tensor.dtype == torch.float32, name
         elif name.endswith("permutation"):
             assert tensor.dtype == torch.int32, name

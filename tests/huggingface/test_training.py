@@ -28,7 +28,7 @@ def test_loss_and_gradients_equal_megatrons(reference, case):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("case", ["moe-and-memory", "ring", "heads"])
+@pytest.mark.parametrize("case", ["moe-and-memory", "ring", "heads", "ultramem-skip-layer", "memory-plus", "peer"])
 def test_gradient_checkpointing_gives_equal_gradients(reference, case, reentrant):
     made = reference(case)
     model = made.hf_model().train()
