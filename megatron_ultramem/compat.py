@@ -6,6 +6,7 @@ Call `platform.prepare()` before importing it: it imports megatron.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 # Since 0.17 the fields for submodules of a layer hold callable builders; before, ModuleSpecs.
+_HAS_MOE_TRACKER = importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None
 BUILDERS = MCORE_VERSION >= (0, 17)
 
 
@@ -41,6 +43,42 @@ def build_ffn(slot: Any, config: Any, pg_collection: ProcessGroupCollection, is_
     groups = {"tp_group": pg_collection.tp} if slot.module is MLP else {"pg_collection": pg_collection}
     module: torch.nn.Module = build_module(slot, config=config, **groups)
     return module
+
+
+def moe_losses(names: list[str], num_microbatches: int, config: Any) -> dict[str, torch.Tensor]:
+    """Means over MoE layers and micro-batches of auxiliary losses that routers recorded since they were forgotten, by
+    Megatron's names for them. A collective call. config: Megatron's TransformerConfig."""
+    found: dict[str, torch.Tensor] = {}
+    options: dict[str, Any] = {
+        "loss_scale": 1.0 / num_microbatches,
+        "iteration": 0,
+        "total_loss_dict": found,
+        "force_initialize": True,  # stages without MoE layers take part
+        "track_names": names,
+        "num_layers": config.num_layers,
+        "moe_layer_freq": config.moe_layer_freq,
+    }
+    if _HAS_MOE_TRACKER:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        get_moe_metrics_tracker().report(**options)
+    else:
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        track_moe_metrics(**options)
+    return found
+
+
+def forget_moe_losses() -> None:
+    """Starts the record of routers' auxiliary losses anew."""
+    if _HAS_MOE_TRACKER:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        get_moe_metrics_tracker().clear()
+    else:
+        from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+
+        clear_aux_losses_tracker()
 
 
 def install_adam_checkpoint_fix() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.schema import Config, MoEConfig
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import parse_layers
 
@@ -90,16 +90,24 @@ def resolve_backend(config: Config, platform: Platform) -> str:
             f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "
             "Engine, which was not found; legal here: 1"
         )
-    moe = config.model.moe
-    if (
-        moe.grouped_gemm
-        and backend == "local"
-        and parse_layers(moe.layers, config.model.num_layers, "model.moe.layers")
-    ):
-        raise ConfigError(
-            "model.moe.grouped_gemm = true needs Transformer Engine, but the back end here is local; legal: false, null"
-        )
+    if parse_layers(config.model.moe.layers, config.model.num_layers, "model.moe.layers"):
+        _check_moe(config.model.moe, backend, platform)
     return backend
+
+
+def _check_moe(moe: MoEConfig, backend: str, platform: Platform) -> None:
+    """Raises ConfigError for what needs Transformer Engine, a GPU or DeepEP where they are not."""
+    for name in ("grouped_gemm", "permute_fusion", "router_fusion"):
+        if getattr(moe, name) and backend == "local":
+            legal = "false" if name == "router_fusion" else "false, null"
+            raise ConfigError(
+                f"model.moe.{name} = true needs Transformer Engine, but the back end here is local; legal: {legal}"
+            )
+    if moe.shared_expert_overlap and not platform.is_cuda:
+        raise ConfigError("model.moe.shared_expert_overlap = true needs a GPU; legal here: false")
+    if moe.dispatcher == "flex" and not (platform.is_cuda and importlib.util.find_spec("deep_ep") is not None):
+        missing = "the package deep_ep is not installed" if platform.is_cuda else "there is no GPU"
+        raise ConfigError(f"model.moe.dispatcher = flex: {missing}; legal here: alltoall, allgather")
 
 
 def seed_everything(seed: int) -> None:

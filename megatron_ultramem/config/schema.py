@@ -138,18 +138,52 @@ class MoEConfig:
     num_experts: int = setting(64, "Experts per layer.", minimum=1)
     top_k: int = setting(8, "Experts per token.", minimum=1)
     ffn_hidden_size: int = setting(1024, "Inner width of one expert.", minimum=1)
-    shared_expert_hidden_size: int = setting(0, "Inner width of the shared expert; 0: none.", minimum=0)
+    shared_expert_hidden_size: int = setting(
+        0, "Inner width of the shared expert, which every token passes; 0: none.", minimum=0
+    )
+    shared_expert_gate: bool = setting(False, "The shared expert's output is weighted by a sigmoid of the token.")
+    shared_expert_overlap: bool = setting(
+        False, "Compute the shared expert while tokens travel (dispatcher alltoall; needs a GPU)."
+    )
+    router_score: str = setting("softmax", "What logits of the router become.", choices=("softmax", "sigmoid"))
     normalize_top_k: bool = setting(
         True,
         "Weights of the selected experts: softmax over their logits, so that they sum to 1; false: their share of the "
         "softmax over all experts (OLMoE).",
     )
-    aux_loss_coeff: float = setting(0.01, "Weight of the load-balancing loss.", minimum=0)
+    router_scale: Optional[float] = setting(None, "The weights are multiplied by this; null: 1.", above=0)
+    router_groups: Optional[int] = setting(
+        None, "Experts form this many groups, of which a token uses router_group_top_k; null: one.", minimum=1
+    )
+    router_group_top_k: Optional[int] = setting(None, "Groups of experts per token.", minimum=1)
+    router_dtype: str = setting(
+        "fp32", "Precision of the router's logits; params: that of the model.", choices=("params", "fp32", "fp64")
+    )
+    expert_bias: bool = setting(
+        False, "Balance by a bias on the scores that select (not on the weights), as DeepSeek-V3; router_score=sigmoid."
+    )
+    expert_bias_rate: float = setting(1e-3, "What that bias moves by per optimizer step.", above=0)
+    load_balancing: str = setting(
+        "aux_loss",
+        "What the load-balancing loss averages over: a micro-batch, a sequence (seq_aux_loss), or the micro-batches of "
+        "all data-parallel ranks so far in the step (global_aux_loss).",
+        choices=("aux_loss", "seq_aux_loss", "global_aux_loss"),
+    )
+    aux_loss_coeff: float = setting(0.01, "Weight of the load-balancing loss; 0: off.", minimum=0)
     z_loss_coeff: float = setting(0.0, "Weight of the router z-loss; 0: off.", minimum=0)
-    dispatcher: str = setting("alltoall", "Token dispatcher.", choices=("alltoall", "allgather"))
+    dispatcher: str = setting(
+        "alltoall",
+        "Token dispatcher; flex: DeepEP's kernels (GPUs, package deep_ep).",
+        choices=("alltoall", "allgather", "flex"),
+    )
+    flex_backend: str = setting("deepep", "Kernels of dispatcher flex.", choices=("deepep", "hybridep"))
     grouped_gemm: Optional[bool] = setting(
         None, "Grouped GEMM over experts (needs Transformer Engine); null: where it is available."
     )
+    permute_fusion: Optional[bool] = setting(
+        None, "Fused (un)permutation of tokens (needs Transformer Engine); null: where it is available."
+    )
+    router_fusion: bool = setting(False, "Fused router and load-balancing loss (needs Transformer Engine).")
 
 
 @dataclass

@@ -6,6 +6,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_blocks import validate_blocks
 from megatron_ultramem.config.validate_graphs import validate_cuda_graphs
 from megatron_ultramem.config.validate_memory import expert_group_size, validate_memory_parallel
+from megatron_ultramem.config.validate_moe import validate_moe
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
 
@@ -16,6 +17,7 @@ def validate(config: Config, *, training: bool = True) -> None:
     Without `training` (inference), what only gradients need is not asked for.
     """
     _validate_model(config)
+    validate_moe(config)
     _validate_parallel(config, training)
     validate_blocks(config, stage_of_layer(config))
     _validate_pools(config)
@@ -102,14 +104,6 @@ def _validate_model(config: Config) -> None:
         raise ConfigError(
             f"model.num_query_groups = {groups} does not divide model.num_attention_heads = "
             f"{m.num_attention_heads}; legal: a divisor"
-        )
-    moe = parse_layers(m.moe.layers, m.num_layers, "model.moe.layers")
-    if moe and m.moe.top_k > m.moe.num_experts:
-        raise ConfigError(f"model.moe.top_k = {m.moe.top_k} exceeds model.moe.num_experts = {m.moe.num_experts}")
-    if moe and m.moe.num_experts % config.parallel.expert_parallel_size:
-        raise ConfigError(
-            f"parallel.expert_parallel_size = {config.parallel.expert_parallel_size} does not divide "
-            f"model.moe.num_experts = {m.moe.num_experts}; legal: a divisor"
         )
     if config.data.sequence_length > m.max_sequence_length:
         raise ConfigError(

@@ -59,6 +59,17 @@ def inference_config(folder: Path, overrides: Sequence[str], world_size: int, de
             sequence_parallel=False,
             timeout_minutes=saved.parallel.timeout_minutes,
         ),
+        # What training may have had of a faster machine.
+        model=replace(
+            saved.model,
+            moe=replace(
+                saved.model.moe,
+                dispatcher="alltoall",
+                permute_fusion=None,
+                router_fusion=False,
+                shared_expert_overlap=False,
+            ),
+        ),
         # Documents are masked off from each other in training batches; a prompt is one document.
         data=replace(saved.data, mask_document_boundaries=False),
         checkpoint=replace(saved.checkpoint, load_optimizer=False),

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.geometry import parse_layers
-from megatron_ultramem.platform import has_fused_weight_gradients, has_transformer_engine
+from megatron_ultramem.platform import has_fused_weight_gradients
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -30,7 +30,7 @@ def uses_sequence_parallel(config: Config) -> bool:
 
 def transformer_config(config: Config, backend: str) -> TransformerConfig:
     """Megatron's configuration of the decoder; `backend` is 'local' or 'transformer_engine'."""
-    m, p, moe = config.model, config.parallel, config.model.moe
+    m, p = config.model, config.parallel
     dtype = dtype_of(config)
     te = backend == "transformer_engine"
     std = linear_std(config)
@@ -81,22 +81,36 @@ def transformer_config(config: Config, backend: str) -> TransformerConfig:
         kwargs.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.train.recompute == "selective":
         kwargs.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(**kwargs, **_moe_settings(config, te))
+
+
+def _moe_settings(config: Config, te: bool) -> dict[str, Any]:
+    m, moe = config.model, config.model.moe
     moe_layers = parse_layers(moe.layers, m.num_layers, "model.moe.layers")
-    if moe_layers:
-        grouped = has_transformer_engine() and te if moe.grouped_gemm is None else moe.grouped_gemm
-        kwargs.update(
-            num_moe_experts=moe.num_experts,
-            moe_layer_freq=[int(layer in moe_layers) for layer in range(m.num_layers)],
-            moe_router_topk=moe.top_k,
-            moe_router_pre_softmax=not moe.normalize_top_k,
-            moe_ffn_hidden_size=moe.ffn_hidden_size,
-            moe_shared_expert_intermediate_size=moe.shared_expert_hidden_size or None,
-            moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
-            moe_aux_loss_coeff=moe.aux_loss_coeff,
-            moe_z_loss_coeff=moe.z_loss_coeff or None,
-            moe_router_dtype="fp32",
-            moe_token_dispatcher_type=moe.dispatcher,
-            moe_grouped_gemm=grouped,
-            moe_permute_fusion=te,
-        )
-    return TransformerConfig(**kwargs)
+    if not moe_layers:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(layer in moe_layers) for layer in range(m.num_layers)],
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_hidden_size or None,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
+        "moe_shared_expert_overlap": moe.shared_expert_overlap,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.router_score,
+        "moe_router_pre_softmax": not moe.normalize_top_k,
+        "moe_router_topk_scaling_factor": moe.router_scale,
+        "moe_router_num_groups": moe.router_groups,
+        "moe_router_group_topk": moe.router_group_top_k,
+        "moe_router_dtype": None if moe.router_dtype == "params" else moe.router_dtype,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": moe.expert_bias_rate,
+        "moe_router_load_balancing_type": moe.load_balancing if moe.aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": moe.aux_loss_coeff,
+        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_flex_dispatcher_backend": moe.flex_backend,
+        "moe_grouped_gemm": te if moe.grouped_gemm is None else moe.grouped_gemm,
+        "moe_permute_fusion": te if moe.permute_fusion is None else moe.permute_fusion,
+        "moe_router_fusion": moe.router_fusion,
+    }

@@ -88,12 +88,13 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> list[LayerFlops]:
     pool_of = {layer: pool for pool in plan_pools(model) for layer in pool.layers}
     without_ffn = moe_layers | ffn_replaced(model)
     experts_width = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_hidden_size
+    router_width = moe.num_experts + int(moe.shared_expert_gate)
     return [
         LayerFlops(
             attention_projections=2.0 * hidden * (2 * query_dim + 2 * key_dim),
             attention_scores=2 * 2.0 * query_dim * (sequence_length + 1) / 2,
             ffn=0.0 if layer in without_ffn else 2.0 * 3 * hidden * model.ffn_hidden_size,
-            moe=2.0 * hidden * (moe.num_experts + 3 * experts_width) if layer in moe_layers else 0.0,
+            moe=2.0 * hidden * (router_width + 3 * experts_width) if layer in moe_layers else 0.0,
             memory=_memory_layer_flops(model.memory, hidden, pool_of[layer].keys_per_side)
             if layer in pool_of
             else None,

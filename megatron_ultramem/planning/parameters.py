@@ -113,7 +113,7 @@ def layer_parameters(model: ModelConfig) -> list[LayerParameters]:
             ffn=0 if layer in without_ffn else 3 * hidden * model.ffn_hidden_size,
             router=hidden * moe.num_experts if layer in moe_layers else 0,
             experts=moe.num_experts * expert_parameters(model) if layer in moe_layers else 0,
-            shared_expert=3 * hidden * moe.shared_expert_hidden_size if layer in moe_layers else 0,
+            shared_expert=_shared_expert(model) if layer in moe_layers else 0,
             memory=_memory_layer(model.memory, hidden, pool_of[layer].keys_per_side) if layer in pool_of else 0,
         )
         for layer in range(model.num_layers)
@@ -133,6 +133,11 @@ def _attention_gains(model: ModelConfig) -> int:
         return 0
     head_dim, query_dim, key_dim = attention_dims(model)
     return query_dim + key_dim if model.qk_norm_width == "all_heads" else 2 * head_dim
+
+
+def _shared_expert(model: ModelConfig) -> int:
+    gate = model.hidden_size if model.moe.shared_expert_gate else 0
+    return 3 * model.hidden_size * model.moe.shared_expert_hidden_size + gate
 
 
 def expert_parameters(model: ModelConfig) -> int:

@@ -132,10 +132,17 @@ _FREE = {
     "model.memory.balance_loss_coeff",
     "model.memory.tucker_penalty_coeff",
     "model.memory.tucker_penalty_threshold",
+    "model.moe.load_balancing",
     "model.moe.aux_loss_coeff",
     "model.moe.z_loss_coeff",
+    "model.moe.expert_bias_rate",
+    "model.moe.router_dtype",
     "model.moe.dispatcher",
+    "model.moe.flex_backend",
     "model.moe.grouped_gemm",
+    "model.moe.permute_fusion",
+    "model.moe.router_fusion",
+    "model.moe.shared_expert_overlap",
     "model.vocab_size",  # run.json has the one that was used
 }
 # Settings of the data that do not touch the order of samples.

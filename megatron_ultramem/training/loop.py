@@ -12,6 +12,7 @@ import torch
 from megatron.core import num_microbatches_calculator as batch_size
 from megatron.core import parallel_state
 
+from megatron_ultramem.compat import forget_moe_losses
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import TrainingError
@@ -22,6 +23,7 @@ from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
 from megatron_ultramem.training.memory_hooks import begin_step, end_step
 from megatron_ultramem.training.metrics import MetricsLogger
+from megatron_ultramem.training.moe_metrics import moe_metrics
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.progress import Progress
 from megatron_ultramem.training.requests import hold_back_stop_signal
@@ -74,6 +76,7 @@ def _train(run: Run) -> int:
 
             if log_due:
                 metrics |= clock.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
+                metrics |= moe_metrics(run, batch_size.get_num_microbatches())
             if health_due:
                 clock.pause()
                 metrics |= _memory_health(probe)
@@ -97,6 +100,7 @@ def _train(run: Run) -> int:
 def train_step(run: Run) -> Metrics:
     """One optimizer step; raises TrainingError, before anything is updated, if the loss is not finite."""
     begin_step(run.memory_hooks)
+    forget_moe_losses()
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
