@@ -439,6 +439,29 @@ class LoggingConfig:
     wandb_mode: str = setting("disabled", "Weights & Biases.", choices=("disabled", "offline", "online"))
     wandb_project: str = setting("megatron-ultramem", "Weights & Biases project.")
     wandb_name: Optional[str] = setting(None, "Weights & Biases run name; null: the name of run_dir.")
+    prometheus_port: Optional[int] = setting(
+        None, "Serve the newest metrics to Prometheus at this port; null: do not.", minimum=1, maximum=65535
+    )
+    prometheus_address: str = setting(
+        "127.0.0.1", "Address it listens at; by default this machine alone can ask. Nothing checks who does."
+    )
+    rank_log_mib: float = setting(
+        64.0, "Size at which the log of a rank, <run_dir>/logs/rank_N.log, is rotated, in MiB.", above=0
+    )
+    rank_log_files: int = setting(3, "Log files kept for a rank, with the one that is written to.", minimum=2)
+    straggler_interval: int = setting(100, "Name the slowest rank every N steps; 0: never.", minimum=0)
+    profile_steps: Optional[str] = setting(
+        None, "Steps to profile, such as '100-104'; touching <run_dir>/profile is another way."
+    )
+    profile_length: int = setting(
+        3, "Steps recorded after <run_dir>/profile or <run_dir>/memory was touched.", minimum=1
+    )
+    profile_ranks: list[int] = setting([0], "Ranks that record.")
+    profile_with: str = setting(
+        "torch", "torch's profiler, or a capture range for nsys (GPU).", choices=("torch", "nsys")
+    )
+    profile_memory: bool = setting(False, "Record the memory of the steps of profile_steps too (GPU).")
+    nvtx: bool = setting(False, "Mark the parts of a step as NVTX ranges, which nsys shows (GPU).")
 
 
 @dataclass

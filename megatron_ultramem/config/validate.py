@@ -221,7 +221,23 @@ def _validate_batches(config: Config) -> None:
             )
 
 
+def parse_steps(steps: str) -> range:
+    """logging.profile_steps, '100-104' or '100', as a range; raises ConfigError."""
+    first, _, last = steps.partition("-")
+    try:
+        found = range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = range(0)
+    if not found or found[0] < 1:
+        raise ConfigError(
+            f"logging.profile_steps = {steps!r}: legal: a step or a range of steps from 1, such as '100-104'"
+        )
+    return found
+
+
 def _validate_rest(config: Config) -> None:
+    if config.logging.profile_steps is not None:
+        parse_steps(config.logging.profile_steps)
     s, d, o = config.schedule, config.data, config.optimizer
     if o.value_lr is not None and o.value_lr_times != 1.0:
         raise ConfigError(

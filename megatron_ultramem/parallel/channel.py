@@ -87,7 +87,8 @@ class Channel:
     def _run(self, direction: str, received: int, collective: Callable[[], object]) -> None:
         self.traffic.add(direction, received)
         try:
-            collective()
+            with self.traffic.timed():
+                collective()
         except RuntimeError as error:
             raise ExchangeError(self._explain(direction, error)) from error
 

@@ -8,7 +8,8 @@ parameter (2 for bf16). Row numbers and counts take 4 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 ALIGNMENT = 8  # of the part for one rank in a message of several arrays
@@ -16,10 +17,11 @@ ALIGNMENT = 8  # of the part for one rank in a message of several arrays
 
 @dataclass
 class Traffic:
-    """Counts bytes and messages by direction, 'forward' or 'backward'."""
+    """Counts bytes and messages by direction, 'forward' or 'backward'; `timed` is entered around each message."""
 
     received: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
     messages: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def add(self, direction: str, received: int) -> None:
         self.received[direction] += received

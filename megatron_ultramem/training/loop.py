@@ -25,10 +25,14 @@ from megatron_ultramem.training.memory_hooks import begin_step, end_step
 from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.moe_metrics import moe_metrics
 from megatron_ultramem.training.optimizer import whole_parameters
+from megatron_ultramem.training.profiling import Profiler
 from megatron_ultramem.training.progress import Progress
+from megatron_ultramem.training.rank_log import RankLog, rank_log
 from megatron_ultramem.training.requests import hold_back_stop_signal
 from megatron_ultramem.training.setup import Run, set_up
+from megatron_ultramem.training.spans import OPTIMIZER
 from megatron_ultramem.training.step import forward_backward
+from megatron_ultramem.training.stragglers import Stragglers
 from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
 
 Metrics = dict[str, float]
@@ -41,14 +45,15 @@ def train(config: Config) -> int:
     """
     hold_back_stop_signal()
     try:
-        run = set_up(config)
-        with run.requests.listening(Path(config.train.run_dir) if run.is_main else None):
-            return _train(run)
+        with rank_log(config) as log:
+            run = set_up(config)
+            with run.requests.listening(Path(config.train.run_dir) if run.is_main else None):
+                return _train(run, log)
     finally:
         destroy_distributed()
 
 
-def _train(run: Run) -> int:
+def _train(run: Run, log: RankLog) -> int:
     config, position, requests = run.config, run.position, run.requests
     last_step = config.train.steps
     if config.train.exit_after_steps is not None:
@@ -59,24 +64,28 @@ def _train(run: Run) -> int:
     progress = Progress(config.train.steps, position.step, enabled=run.is_main, live=config.logging.progress)
     clock = _throughput(run)
     probe = MemoryHealthProbe(run.model)
-    with progress, closing(logger):
+    stragglers = Stragglers(run.spans, run.platform.device)
+    profiler = _profiler(run)
+    with progress, closing(logger), closing(profiler):
         progress.message(_opening(run))
         if position.step >= last_step:
             progress.message(f"nothing left to do: train.steps = {config.train.steps}")
         while position.step < last_step and not requests.stop:
-            step = position.step + 1
+            log.step = step = position.step + 1
             log_due = _due(step, config.logging.interval, last_step)
             health_due = _due(step, config.logging.memory_health_interval)
 
             clock.begin_step()
-            with probe.watch(health_due):
+            with probe.watch(health_due), profiler.step(step), run.spans.step():
                 metrics = train_step(run)
             clock.end_step(int(metrics["tokens_in_step"]))
             run.checkpoints.finish()
 
             if log_due:
-                metrics |= clock.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
+                metrics |= clock.read() | stragglers.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
                 metrics |= moe_metrics(run, batch_size.get_num_microbatches())
+            if config.logging.straggler_interval and _due(step, config.logging.straggler_interval, last_step):
+                progress.message(f"step {step}: {stragglers.report()}")
             if health_due:
                 clock.pause()
                 metrics |= _memory_health(probe)
@@ -111,7 +120,7 @@ def train_step(run: Run) -> Metrics:
         run.config,
         run.megatron_config,
         run.chunks,
-        micro_batches(run.train_data, run.position.consumed_samples, num_microbatches),
+        run.spans.loading(micro_batches(run.train_data, run.position.consumed_samples, num_microbatches)),
         num_microbatches,
         run.platform.device,
         flags=run.requests.flags(),
@@ -123,7 +132,8 @@ def train_step(run: Run) -> Metrics:
         _stop(run, f"the loss is {loss_sum}", here, "nothing was updated")
 
     run.scheduler.step(1)
-    updated, grad_norm, _ = run.optimizer.step()
+    with run.spans.measure(OPTIMIZER):
+        updated, grad_norm, _ = run.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
         _stop(run, f"the gradient norm is {grad_norm} though the loss is finite", not _finite_gradients(run))
 
@@ -206,6 +216,11 @@ def _memory_health(probe: MemoryHealthProbe) -> Metrics:
 
 def _due(step: int, interval: int, last_step: int | None = None) -> bool:
     return step == last_step or bool(interval and step % interval == 0)
+
+
+def _profiler(run: Run) -> Profiler:
+    rank, run_dir = torch.distributed.get_rank(), Path(run.config.train.run_dir)
+    return Profiler(run.config.logging, run_dir, run.requests, run.spans, rank=rank, device=run.platform.device)
 
 
 def _throughput(run: Run) -> Throughput:

@@ -1,7 +1,8 @@
-"""Where metrics go: a JSONL file always, TensorBoard and Weights & Biases when asked for.
+"""Where metrics go: a JSONL file always, TensorBoard, Weights & Biases and Prometheus when asked for.
 
 Names used by the trainer: loss, valid_loss, lr, value_lr, grad_norm, tokens, tokens_per_s, tflops_per_gpu, mfu,
-step_time_s, memory_gib, skipped, and memory-health metrics such as memory/layer_03/rows_touched.
+step_time_s, memory_gib, skipped, the parts of a step as in time/data_s (`stragglers.PARTS`), rank_time/*, and
+memory-health metrics such as memory/layer_03/rows_touched.
 
 The JSONL file holds one object per call of `log`, with the key "step"; several lines may carry the same step (an
 evaluation, for example) and then complete each other. A value that is not finite is written as null, so that every
@@ -22,6 +23,7 @@ from typing import IO, Any, Protocol
 from megatron_ultramem.config.load import config_to_dict
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError, TrainingError
+from megatron_ultramem.training.prometheus import PrometheusSink
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics_dropped.jsonl"
@@ -53,6 +55,8 @@ class MetricsLogger:
             self._sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step))
         if config.logging.wandb_mode != "disabled":
             self._sinks.append(WandbSink(config, run_dir))
+        if config.logging.prometheus_port is not None:
+            self._sinks.append(PrometheusSink(config.logging))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` (numbers, or tensors of one element) at optimizer step `step`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,11 +13,13 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
 
 class Progress:
     """Shows how far a run is.
 
-    enabled: false on all ranks but the main one; then nothing is ever printed.
+    enabled: false on all ranks but the main one; then nothing is ever printed. Every rank logs what one prints.
     live: false asks for plain lines even in a terminal (`logging.progress`).
 
     `update` moves the bar at every step and shows `values` where they are given; outside a terminal it prints one line
@@ -68,20 +71,21 @@ class Progress:
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """`step` steps are done. `values` uses the metric names of `metrics.py`; those unknown here are not shown."""
-        if not self._enabled:
-            return
         if self._bar:
             self._bar.update(self._task, completed=step)
         if not values:
             return
         status, eta = format_status(values), self._eta(step, values)
+        line = " | ".join(part for part in (f"step {step}/{self._total}", status, eta) if part)
+        logger.info("%s", line)
         if self._bar:
             self._bar.update(self._task, status=status, eta=eta)
-        else:
-            self._print(" | ".join(part for part in (f"step {step}/{self._total}", status, eta) if part))
+        elif self._enabled:
+            self._print(line)
 
     def message(self, text: str) -> None:
         """Prints `text` as it is (no markup), above the bar."""
+        logger.info("%s", text)
         if self._enabled:
             self._print(text)
 

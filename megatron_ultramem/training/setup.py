@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import num_microbatches_calculator as batch_size
@@ -16,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.errors import ConfigError
-from megatron_ultramem.model.build import build_chunks
+from megatron_ultramem.model.build import build_chunks, value_pools
+from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.platform import Platform, prepare, resolve_backend, seed_everything, set_deterministic
 from megatron_ultramem.training.checkpoint import CheckpointManager, Position
 from megatron_ultramem.training.checkpoint_choice import check_wanted
@@ -25,7 +28,9 @@ from megatron_ultramem.training.data import BatchIterator, build_datasets, check
 from megatron_ultramem.training.distributed import initialize_distributed, world_size_from_environment
 from megatron_ultramem.training.memory_hooks import MemoryHooks
 from megatron_ultramem.training.optimizer import Scheduler, build_optimizer, wrap_chunks
+from megatron_ultramem.training.profiling import check_device
 from megatron_ultramem.training.requests import Requests
+from megatron_ultramem.training.spans import EXCHANGE, GRAD_SYNC, Spans
 from megatron_ultramem.training.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -42,6 +47,7 @@ class Run:
     memory_hooks: list[MemoryHooks]
     optimizer: MegatronOptimizer
     scheduler: Scheduler
+    spans: Spans
     checkpoints: CheckpointManager
     train_data: list[BatchIterator]  # one for each model chunk
     valid_data: list[BatchIterator] | None
@@ -61,6 +67,7 @@ def set_up(config: Config) -> Run:
     """
     validate_world(config, world_size_from_environment())
     platform = prepare(config.train.device)
+    check_device(config.logging, platform)
     backend = resolve_backend(config, platform)
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab_size = vocabulary(config, tokenizer)
@@ -77,7 +84,8 @@ def set_up(config: Config) -> Run:
     megatron_config, model = build_chunks(config, vocab_size, backend, platform.device)
     chunks, hooks = wrap_chunks(config, megatron_config, model)
     optimizer, scheduler = build_optimizer(config, chunks)
-    _connect(config, megatron_config, chunks, optimizer)
+    spans = Spans(platform.device, nvtx=config.logging.nvtx)
+    _connect(config, megatron_config, chunks, optimizer, spans)
     checkpoints = CheckpointManager(
         config, chunks, model, optimizer, scheduler, tokenizer=tokenizer.identity, vocab_size=vocab_size
     )
@@ -91,6 +99,7 @@ def set_up(config: Config) -> Run:
         hooks,
         optimizer,
         scheduler,
+        spans,
         checkpoints,
         train_data,
         valid_data,
@@ -116,10 +125,21 @@ def _connect(
     megatron_config: TransformerConfig,
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
+    spans: Spans,
 ) -> None:
-    """Tells Megatron's schedules how to scale the loss, when to synchronise and how to finish the gradients."""
+    """Tells Megatron's schedules how to scale the loss, when to synchronise and how to finish the gradients, and
+    whatever takes time what to measure it with."""
+
+    def finish_gradients(*args: Any, **kwargs: Any) -> None:
+        with spans.measure(GRAD_SYNC):
+            finalize_model_grads(*args, **kwargs)
+
     megatron_config.grad_scale_func = optimizer.scale_loss
-    megatron_config.finalize_model_grads_func = finalize_model_grads
+    megatron_config.finalize_model_grads_func = finish_gradients
+    megatron_config.timers = spans
+    for pool in value_pools([chunk.module for chunk in chunks]):
+        if isinstance(pool.placement, ShardedPlacement):
+            pool.placement.traffic.timed = partial(spans.measure, EXCHANGE)
     if config.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         megatron_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
