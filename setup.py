@@ -33,10 +33,11 @@ setup(
         "regex",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.20", "triton>=3.6"],
+        "gpu": ["transformer-engine[pytorch]>=2.20", "triton>=3.6", "nvidia-ml-py"],
         "tokenizers": ["tokenizers", "sentencepiece", "tiktoken"],
         "hf": ["transformers>=5", "accelerate", "safetensors", "tokenizers"],
         "wandb": ["wandb"],
+        "prometheus": ["prometheus-client"],
         "deepspeed": ["deepspeed"],
         "dev": [
             "pytest",
@@ -52,6 +53,7 @@ setup(
             "sentencepiece",
             "tiktoken",
             "wandb",
+            "prometheus-client",
         ],
     },
     entry_points={"console_scripts": ["ultramem = megatron_ultramem.cli:main"]},

@@ -160,6 +160,20 @@ _PACKAGES = (
         "logging.wandb_mode=offline or online works",
         "logging.wandb_mode must stay disabled",
     ),
+    (
+        "Prometheus",
+        "prometheus-client",
+        "prometheus_client",
+        "logging.prometheus_port works",
+        "logging.prometheus_port must stay null",
+    ),
+    (
+        "NVML",
+        "nvidia-ml-py",
+        "pynvml",
+        "`ultramem preflight` reads memory errors, throttling and temperature of GPUs",
+        "`ultramem preflight` measures GPUs, but does not read their error counters",
+    ),
 )
 
 

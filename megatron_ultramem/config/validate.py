@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_blocks import validate_blocks
 from megatron_ultramem.config.validate_graphs import validate_cuda_graphs
@@ -223,11 +225,8 @@ def _validate_batches(config: Config) -> None:
 
 def parse_steps(steps: str) -> range:
     """logging.profile_steps, '100-104' or '100', as a range; raises ConfigError."""
-    first, _, last = steps.partition("-")
-    try:
-        found = range(int(first), int(last or first) + 1)
-    except ValueError:
-        found = range(0)
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", steps)
+    found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
     if not found or found[0] < 1:
         raise ConfigError(
             f"logging.profile_steps = {steps!r}: legal: a step or a range of steps from 1, such as '100-104'"

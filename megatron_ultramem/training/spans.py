@@ -45,10 +45,12 @@ class Spans:
     def step(self) -> Iterator[None]:
         """Around one training step."""
         self._counting = self._warm
-        with self.measure(STEP):
-            yield
-        self._steps += self._counting
-        self._counting, self._warm = False, True
+        try:
+            with self.measure(STEP):
+                yield
+            self._steps += self._counting
+        finally:
+            self._counting, self._warm = False, True
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:

@@ -1,0 +1,75 @@
+"""Which rank is slow, and where the time of a step goes, as real ranks measure it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.setup import set_up
+from megatron_ultramem.training.stragglers import Stragglers
+from tests.distributed.workers import WorkerPool
+
+STEPS = 5
+DELAY = 0.05  # seconds a micro-batch
+
+
+def measure(overrides: list[str], slow_rank: int | None = None, where: str = "forward") -> tuple[dict[str, float], str]:
+    """Metrics and report of a few steps in which one rank is slow at something."""
+    run = set_up(load_config(None, overrides))
+    if torch.distributed.get_rank() == slow_rank:
+        if where == "forward":
+            run.model[0].register_forward_pre_hook(lambda *_: time.sleep(DELAY))
+        else:
+            read = run.train_data[0]._read
+
+            def slow_read(position: int) -> Any:
+                time.sleep(DELAY)
+                return read(position)
+
+            run.train_data[0]._read = slow_read  # type: ignore[method-assign]
+    stragglers = Stragglers(run.spans, run.platform.device)
+    for _ in range(STEPS):
+        with run.spans.step():
+            train_step(run)
+    metrics = stragglers.read()
+    return metrics, stragglers.report()
+
+
+@pytest.mark.parametrize("where", ["forward", "data"])
+def test_the_slow_rank_is_named_though_all_steps_take_the_same_time(
+    pool: WorkerPool, small_run: list[str], where: str
+) -> None:
+    settings = [*small_run, "train.global_batch_size=8", "train.micro_batch_size=2"]  # two micro-batches a rank
+    for metrics, report in pool.run(2, measure, settings, 1, where):
+        assert metrics["rank_time/slowest_rank"] == 1
+        assert metrics["rank_time/most_s"] >= 2 * DELAY
+        assert metrics["rank_time/least_s"] <= metrics["rank_time/median_s"] <= metrics["rank_time/most_s"]
+        assert metrics["rank_time/least_s"] + DELAY < metrics["rank_time/most_s"]
+        assert metrics["time/step_s"] >= metrics["rank_time/most_s"]
+        assert (metrics["time/data_s"] >= DELAY) == (where == "data")  # the mean of the two ranks
+        assert f"over {STEPS - 1} steps: rank 1 on " in report
+
+
+def test_the_exchange_is_measured_and_is_not_a_ranks_own_time(pool: WorkerPool, small_run: list[str]) -> None:
+    settings = [*small_run, "parallel.memory_parallel_size=2", "parallel.memory_placement=rows"]
+    settings += ["model.memory.sharing=block", "model.memory.share_size=2"]
+    for metrics, _ in pool.run(2, measure, settings, 1):
+        # Rank 0 waits in its exchanges for rank 1, four micro-batches a step.
+        assert metrics["time/exchange_s"] > 0.5 * 4 * DELAY / 2
+        assert metrics["rank_time/slowest_rank"] == 1
+        parts = metrics["time/forward_s"] + metrics["time/backward_s"] - metrics["time/exchange_s"]
+        assert metrics["time/own_s"] == pytest.approx(parts)
+
+
+def test_a_slow_stage_makes_a_bubble_on_the_other(pool: WorkerPool, small_run: list[str]) -> None:
+    settings = [*small_run, "parallel.pipeline_parallel_size=2", "train.global_batch_size=4"]
+    slow, _ = pool.run(2, measure, settings, 1)[0]
+    even, _ = pool.run(2, measure, settings)[0]
+    # The first stage waits for the second one, four micro-batches a step; the mean is over both.
+    assert slow["time/bubble_s"] > even["time/bubble_s"] + 0.5 * 4 * DELAY / 2
+    assert slow["rank_time/slowest_rank"] == 1
