@@ -52,10 +52,13 @@ def median_seconds(run: Run, action: Callable[[], object], repeats: int) -> floa
 
 
 def trace(run: Run, action: Callable[[], object]) -> list[Span]:
-    """What ran on this rank's GPU during an action, in the order in which it began."""
+    """What ran on this rank's GPU during an action, in the order in which it began. A collective call: the ranks start
+    together, so that none waits for another's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
+        torch.distributed.barrier()
+        wait(run.platform.device)
         action()
         wait(run.platform.device)
     spans = [

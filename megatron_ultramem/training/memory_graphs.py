@@ -74,7 +74,7 @@ class _LayerGraph:
     def __init__(self, layer: MemoryLayer, gradients_ready: Callable[[list[nn.Parameter]], None]) -> None:
         self.layer, self._gradients_ready = layer, gradients_ready
         self.shape: torch.Size | None = None  # of the inputs, once one was seen
-        self._params = [param for param in layer.parameters() if param.requires_grad]
+        self._params = {name: param for name, param in layer.named_parameters() if param.requires_grad}
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._recorded = False
 
@@ -94,19 +94,21 @@ class _LayerGraph:
 
     def record_forward(self, stream: torch.cuda.Stream, pool: Any) -> None:
         assert self.shape is not None
-        device = self._params[0].device
+        device = self.layer.table.values.device
         self._input = torch.zeros(self.shape, dtype=self._dtype, device=device, requires_grad=True)
+        # The same memory, but other leaves: DDP keeps the parameters' own tied to the stream that it was made on.
+        self._leaves = {name: param.detach().requires_grad_() for name, param in self._params.items()}
         with _Counted(self.layer.table) as self._forward_traffic, self._into(self._forward, stream, pool):
-            self._output = self.layer(self._input)
+            self._output = torch.func.functional_call(self.layer, self._leaves, (self._input,))
 
     def record_backward(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self._grad_output = torch.zeros_like(self._output)
-        inputs = [self._input, *self._params]
+        inputs = [self._input, *self._leaves.values()]
         with _Counted(self.layer.table) as self._backward_traffic, self._into(self._backward, stream, pool):
             self._grad_input, *grads = torch.autograd.grad(self._output, inputs, self._grad_output)
-            for param, grad in zip(self._params, grads, strict=True):
+            for param, grad in zip(self._params.values(), grads, strict=True):
                 param.main_grad.add_(grad)  # type: ignore[attr-defined]
-        self._output = self._output.detach()
+        self._output, self._leaves = self._output.detach(), {}  # what the forward saved is the graphs' now
         self._recorded = True
 
     def replay_forward(self, x: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class _LayerGraph:
         self._grad_output.copy_(grad_output)
         self._backward.replay()
         self._backward_traffic.repeat()
-        self._gradients_ready(self._params)
+        self._gradients_ready(list(self._params.values()))
         self.layer.table.count_backward()
         return self._grad_input.detach()
 
