@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -146,17 +147,20 @@ class _Replay(torch.autograd.Function):
 
 class _Counted:
     """What the exchanges of a pool were counted to move while they were only recorded: taken back at the end, and added
-    by every `repeat`."""
+    by every `repeat`. Their time is not measured: an event within a graph cannot be read."""
 
     def __init__(self, table: ValuePool) -> None:
         self._traffic: Traffic | None = getattr(table.placement, "traffic", None)
 
     def __enter__(self) -> _Counted:
-        self._before = self._traffic.copy() if self._traffic is not None else None
+        if self._traffic is not None:
+            self._before, self._timed = self._traffic.copy(), self._traffic.timed
+            self._traffic.timed = nullcontext
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._traffic is not None and self._before is not None:
+        if self._traffic is not None:
+            self._traffic.timed = self._timed
             self._difference = self._traffic - self._before
             self._traffic.set(self._before)
 
