@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from megatron_ultramem.memory.geometry import plan_pools
 from megatron_ultramem.memory.kinds import blocks, num_cores, pre_value_dim
-from megatron_ultramem.parallel.traffic import Widths, columns_bytes, expected_queries, expected_rows_bytes
+from megatron_ultramem.parallel.traffic import (
+    Capacity,
+    Widths,
+    columns_bytes,
+    expected_queries,
+    expected_rows_bytes,
+    rows_bytes,
+)
 
 if TYPE_CHECKING:  # the config package checks its settings with this module: importing it here would be a circle
     from megatron_ultramem.config.schema import Config
@@ -22,18 +29,26 @@ class Estimate:
     """One placement of the pools of a model, per memory layer and micro-batch.
 
     Attributes:
-        columns: ranks that share the columns (1: none do).
+        ranks: of the memory-parallel group.
+        columns: of these, ranks that share the columns (1: none do).
         forward_bytes, backward_bytes: received by a rank from others.
         microseconds: of communication, forward and backward, if nothing else runs.
+        messages: of a forward and a backward.
+        queries: (token, owner) pairs that a token of the exchange by rows makes.
+        static: sizes of that exchange are fixed by parallel.exchange_capacity.
         problem: why it cannot or should not be used; '' if nothing is wrong.
     """
 
     placement: str
+    ranks: int
     columns: int
     forward_bytes: int
     backward_bytes: int
     microseconds: float
     problem: str = ""
+    messages: int = 0
+    queries: float = 0.0
+    static: bool = False
 
 
 def tokens_per_rank(config: Config) -> int:
@@ -63,7 +78,7 @@ def estimates(config: Config) -> list[Estimate]:
     p = config.parallel
     ranks, tokens, w = p.memory_parallel_size, tokens_per_rank(config), widths(config)
     if ranks == 1:
-        return [Estimate("replicated", 1, 0, 0, 0.0)]
+        return [Estimate("replicated", 1, 1, 0, 0, 0.0)]
     in_node = min(ranks, p.ranks_per_node)
     near = (in_node - 1) / (ranks - 1)  # share of what a rank receives that comes from its node
 
@@ -72,24 +87,54 @@ def estimates(config: Config) -> list[Estimate]:
         links = max(near * received / p.intra_node_gb_per_s, (1 - near) * received / p.inter_node_gb_per_s)
         return messages * p.exchange_latency_us + links / 1e3
 
-    rows = expected_rows_bytes(w, ranks, tokens)
     columns = columns_bytes(w, ranks, 0, tokens)
+    moved, queries = _by_rows(config, ranks)
+    static = p.exchange_capacity is not None
     found = [
-        Estimate("rows", 1, *rows, time(sum(rows), near, ROWS_MESSAGES), _rows_problem(config, ranks)),
         Estimate(
-            "columns", ranks, *columns, time(sum(columns), near, COLUMNS_MESSAGES), _columns_problem(config, ranks)
+            "rows",
+            ranks,
+            1,
+            *moved,
+            time(sum(moved), near, ROWS_MESSAGES),
+            _rows_problem(config, ranks),
+            ROWS_MESSAGES,
+            queries / tokens,
+            static,
+        ),
+        Estimate(
+            "columns",
+            ranks,
+            ranks,
+            *columns,
+            time(sum(columns), near, COLUMNS_MESSAGES),
+            _columns_problem(config, ranks),
+            COLUMNS_MESSAGES,
         ),
     ]
     share = two_level_columns(config)
     if share < ranks and ranks % share == 0 and share > 1:
         nodes = ranks // share
-        across = expected_rows_bytes(w, nodes, tokens)
-        queries = nodes * expected_queries(nodes, w.blocks * tokens, w.top_m / w.blocks)
+        across, queries = _by_rows(config, nodes)
+        # A rank gets as many queries as it makes.
         within = columns_bytes(replace(w, blocks=1), share, 0, round(queries))
         total = time(sum(across), 0.0, ROWS_MESSAGES) + time(sum(within), 1.0, COLUMNS_MESSAGES + 1)
         problem = _rows_problem(config, nodes) or _columns_problem(config, share)
-        found.append(Estimate("two_level", share, across[0] + within[0], across[1] + within[1], total, problem))
+        received = across[0] + within[0], across[1] + within[1]
+        messages = ROWS_MESSAGES + COLUMNS_MESSAGES + 1
+        found.append(Estimate("two_level", ranks, share, *received, total, problem, messages, queries / tokens, static))
     return found
+
+
+def _by_rows(config: Config, ranks: int) -> tuple[tuple[int, int], float]:
+    """(bytes received forward and backward, queries that a rank makes) of the exchange by rows between `ranks`."""
+    capacity, tokens, w = config.parallel.exchange_capacity, tokens_per_rank(config), widths(config)
+    if capacity is None:
+        made = ranks * expected_queries(ranks, w.blocks * tokens, w.top_m / w.blocks)
+        return expected_rows_bytes(w, ranks, tokens), made
+    slots = Capacity(capacity, tokens, w.blocks).slots(w.top_m, ranks)
+    queries, entries = ([number] * (ranks - 1) for number in slots)
+    return rows_bytes(w, queries, entries, queries, entries, dynamic=False), float(ranks * slots[0])
 
 
 def choose(config: Config) -> Estimate:

@@ -15,8 +15,6 @@ Legend: T tokens, M rows a token, C cores, Q query slots, E entry slots (outgoin
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,21 +23,7 @@ from megatron_ultramem.memory.lookup import LookupPath, Saved
 from megatron_ultramem.memory.numerics import accumulation_dtype
 from megatron_ultramem.parallel.channel import Channel
 from megatron_ultramem.parallel.routing import Demand, Route, RowOwners, Sizes, spread
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Static sizes: room for `factor` times an even share of the entries of `tokens` tokens (the largest number that a
-    rank has), the same on all ranks. `blocks`: lookups that share the rows of a token."""
-
-    factor: float
-    tokens: int
-    blocks: int = 1
-
-    def slots(self, top_m: int, ranks: int) -> tuple[int, int]:
-        """(queries, entries) for every pair of ranks."""
-        entries = min(self.tokens * top_m, math.ceil(self.factor * self.tokens * top_m / ranks))
-        return min(self.blocks * self.tokens, entries), entries
+from megatron_ultramem.parallel.traffic import Capacity
 
 
 class _Round(NamedTuple):

@@ -28,10 +28,10 @@ from megatron_ultramem.memory.tables import Placement, WholeTables
 from megatron_ultramem.parallel.channel import Channel
 from megatron_ultramem.parallel.cost_model import choose, tokens_per_rank
 from megatron_ultramem.parallel.exchange_columns import ColumnsExchange
-from megatron_ultramem.parallel.exchange_rows import Capacity, RowsExchange
+from megatron_ultramem.parallel.exchange_rows import RowsExchange
 from megatron_ultramem.parallel.groups import memory_groups
 from megatron_ultramem.parallel.routing import RowOwners
-from megatron_ultramem.parallel.traffic import Traffic
+from megatron_ultramem.parallel.traffic import Capacity, Traffic
 
 
 class ShardedPlacement:

@@ -8,6 +8,7 @@ parameter (2 for bf16). Row numbers and counts take 4 bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -61,6 +62,21 @@ class Widths:
     pre_value_dim: int  # 0: without pre-values
     size: int
     blocks: int = 1  # lookups of a token, which share its rows and have a result each (UltraMem's value expansion)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Static sizes of the exchange by rows: room for `factor` times an even share of the entries of `tokens` tokens
+    (the largest number that a rank has), the same on all ranks. `blocks`: lookups that share the rows of a token."""
+
+    factor: float
+    tokens: int
+    blocks: int = 1
+
+    def slots(self, top_m: int, ranks: int) -> tuple[int, int]:
+        """(queries, entries) for every pair of ranks."""
+        entries = min(self.tokens * top_m, math.ceil(self.factor * self.tokens * top_m / ranks))
+        return min(self.blocks * self.tokens, entries), entries
 
 
 def align(count: int) -> int:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 from megatron_ultramem.memory.geometry import Pool, plan_pools
 from megatron_ultramem.memory.lookup import run_lookup
-from megatron_ultramem.parallel.exchange_rows import Capacity
 from megatron_ultramem.parallel.placement import ShardedPlacement
+from megatron_ultramem.parallel.traffic import Capacity
 
 
 @dataclass(frozen=True)

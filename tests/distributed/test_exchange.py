@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from megatron_ultramem.memory.lookup import lookup
-from megatron_ultramem.parallel.exchange_rows import Capacity
 from megatron_ultramem.parallel.routing import RowOwners
-from megatron_ultramem.parallel.traffic import Widths, columns_bytes, rows_bytes
+from megatron_ultramem.parallel.traffic import Capacity, Widths, columns_bytes, rows_bytes
 from tests.distributed.exchange_job import Case, exchange_job
 from tests.distributed.workers import WorkerPool
 

@@ -1,0 +1,128 @@
+"""The machines that a plan is for: GPUs, memory, bandwidths, and what of them programs reach.
+
+Peaks are datasheet figures; what programs reach of them is a share, measured where the comment says so. A preset can be
+changed setting by setting (`cluster.memory_gib=141`), or a YAML file of the same settings can take its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.planning.devices import peak_bf16_flops
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One kind of GPU, `gpus_per_node` of them behind a fast link, and nodes behind a slower one.
+
+    Bandwidths are what one GPU receives in a large collective, in GB/s (1e9 bytes).
+    """
+
+    name: str
+    memory_gib: float  # that torch reports as the device's total
+    peak_tflops: float  # dense bf16
+    hbm_gb_per_s: float
+    intra_node_gb_per_s: float
+    inter_node_gb_per_s: float
+    gpus_per_node: int = 8
+    latency_us: float = 30.0  # of a small collective; measured between H200s
+    launch_us: float = 10.0  # host time of a kernel launch with what Python does around it; measured on an H100 machine
+    reserved_gib: float = 1.5  # CUDA context, NCCL's and cuBLAS's own buffers, which torch's allocator does not see
+    fragmentation: float = 0.06  # share of activations and buffers that the allocator holds but cannot use
+
+    @property
+    def usable_gib(self) -> float:
+        """What torch's allocator can hand out."""
+        return self.memory_gib - self.reserved_gib
+
+
+def _peak(name: str) -> float:
+    found = peak_bf16_flops(name)
+    assert found is not None
+    return found / 1e12
+
+
+def presets() -> dict[str, Cluster]:
+    """H100, H200 and B200 machines (SXM, NVLink, one 400 Gb/s link a GPU) and A100 (80 GB, one 200 Gb/s link a GPU)."""
+    # All-to-all within a node: 282 GB/s was measured on H200, whose NVLink is the H100's; others by their links' speed.
+    nvlink4 = 282.0
+    return {
+        "h100": Cluster("h100", 79.1, _peak("h100"), 3350.0, nvlink4, 45.0),
+        "h200": Cluster("h200", 139.8, _peak("h200"), 4800.0, nvlink4, 45.0),
+        "b200": Cluster("b200", 178.3, _peak("b200"), 8000.0, 2 * nvlink4, 45.0),
+        "a100": Cluster("a100", 79.2, _peak("a100"), 2039.0, nvlink4 * 300 / 450, 22.5),
+    }
+
+
+def load_cluster(source: str, overrides: Sequence[str] = ()) -> Cluster:
+    """A preset by its name, or a YAML file of settings (which may name a `preset` to start from), then overrides.
+
+    Args:
+        source: h100, h200, b200, a100, or the path of a .yaml file.
+        overrides: 'cluster.setting=value'.
+
+    Raises:
+        ConfigError: naming the setting or file, its value and what is legal.
+    """
+    known = presets()
+    settings: dict[str, Any] = {}
+    if source.lower() in known:
+        base: Cluster | None = known[source.lower()]
+    elif source.endswith((".yaml", ".yml")):
+        settings = _read(Path(source))
+        preset = settings.pop("preset", None)
+        if preset is not None and preset not in known:
+            raise ConfigError(f"cluster file {source}: preset = {preset!r}; legal: {', '.join(known)}")
+        base = known[preset] if preset else None
+        settings.setdefault("name", Path(source).stem)
+    else:
+        raise ConfigError(f"--cluster {source}: unknown; legal: {', '.join(known)}, or a .yaml file of settings")
+    for override in overrides:
+        key, _, text = override.partition("=")
+        settings[key.removeprefix("cluster.")] = yaml.safe_load(text) if text else None
+    return _checked(base, settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cluster file {path}: cannot be read ({str(error).replace(chr(10), ' ')})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"cluster file {path}: must hold a mapping of settings, found {type(settings).__name__}")
+    return settings
+
+
+def _checked(base: Cluster | None, settings: dict[str, Any]) -> Cluster:
+    fields = {field.name: field for field in dataclasses.fields(Cluster)}
+    for key, value in settings.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f"did you mean cluster.{close[0]}? " if close else ""
+            raise ConfigError(f"cluster.{key}: unknown setting; {hint}legal: {', '.join(fields)}")
+        if key == "name":
+            continue
+        whole, zero_is_fine = key == "gpus_per_node", key in _MAY_BE_ZERO
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ConfigError(f"cluster.{key} = {value!r}: legal: {'an integer' if whole else 'a number'}")
+        if value < 0 or (value == 0 and not zero_is_fine):
+            raise ConfigError(f"cluster.{key} = {value}: legal: {'0 or more' if zero_is_fine else 'above 0'}")
+    if base is not None:
+        return dataclasses.replace(base, **settings)
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in settings]
+    if missing:
+        raise ConfigError(
+            f"cluster {settings.get('name')}: missing {', '.join(missing)}; or name a `preset` to start from"
+        )
+    return Cluster(**settings)
+
+
+_MAY_BE_ZERO = ("latency_us", "launch_us", "reserved_gib", "fragmentation")

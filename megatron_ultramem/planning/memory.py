@@ -1,0 +1,150 @@
+"""Memory of a rank, part by part, in bytes: what stays, what forward passes in flight keep, and what comes and goes.
+
+The peak is the larger of two moments: the loss of the last stage, when the logits exist several times over, and the
+backward pass of a block. `peak` is what torch's allocator hands out at that moment; `required` adds what it holds but
+cannot use. The device must also hold what torch does not see (`Cluster.reserved_gib`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_ultramem.planning.activations import Options, block_input, saved_by_block
+from megatron_ultramem.planning.layout import Layout, rank_parameters
+from megatron_ultramem.planning.parameters import query_width
+from megatron_ultramem.planning.workload import Layer, Stage, Workload
+
+GIB = 2**30
+# Bytes for each logit at the peak of the loss. Transformer Engine back end: the logits, and their compiled softmax and
+# its gradient out of place in fp32. Local: in place, on an fp32 copy if the logits are bf16.
+LOSS_BYTES = {("transformer_engine", 2): 10, ("transformer_engine", 4): 12, ("local", 2): 6, ("local", 4): 4}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on a rank of one pipeline stage at its peak.
+
+    `weights`, `gradients` and `optimizer` (master weights and moments) of dense parameters and experts, apart from
+    those of value tables; `buffers`: shuffle permutations; `activations` kept for backward passes; `loss`: logits and
+    their gradients; `exchange`: messages of the memory exchange, of expert dispatch and of gathers; `workspace`:
+    temporaries of the block that computes; `fragmentation`: allowance for what the allocator cannot use.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    table_weights: float
+    table_gradients: float
+    table_optimizer: float
+    buffers: float
+    activations: float
+    loss: float
+    exchange: float
+    workspace: float
+    fragmentation: float
+
+    @property
+    def peak(self) -> float:
+        """What torch counts as allocated."""
+        return self.required - self.fragmentation
+
+    @property
+    def required(self) -> float:
+        return float(sum(getattr(self, part.name) for part in fields(self)))
+
+
+def stage_memory(
+    work: Workload, layout: Layout, stage: Stage, options: Options, fragmentation: float = 0.0
+) -> RankMemory:
+    """Of a rank of `stage`; `fragmentation` is a share of everything that comes and goes."""
+    kept = rank_parameters(work, layout, stage)
+    size, master = layout.element, 12 if layout.element == 2 else 8  # fp32 weights need no other master
+    shards, table_shards = (
+        (layout.data * layout.context, layout.expert_data) if layout.distributed_optimizer else (1, 1)
+    )
+    tokens = layout.micro_batch * work.sequence_length / layout.context
+    own = tokens / layout.tensor  # in a memory layer
+
+    in_flight = micro_batches_in_flight(layout, stage.number)
+    whole = {
+        layer: saved_by_block(work.model, layer, layout.placement, options, own).on_rank(
+            tokens, layout.tensor, layout.sequence_parallel
+        )
+        for layer, _ in stage.layers
+    }
+    recompute = options.recompute == "full"
+    left = block_input(work.model, options).on_rank(tokens, layout.tensor, layout.sequence_parallel)
+    activations = in_flight * sum(count * (left if recompute else whole[layer]) for layer, count in stage.layers)
+    if stage.has_output:  # input and output of the final norm, once: the last stage runs its backward at once
+        activations += 2 * left
+    loss = work.vocabulary / layout.tensor * tokens * LOSS_BYTES[options.backend, size] if stage.has_output else 0.0
+    workspace = max(_workspace(work, layout, layer, options, tokens) for layer, _ in stage.layers)
+    if recompute:
+        workspace += max(whole.values())
+    elif options.recompute_memory:
+        again = Options(**{**options.__dict__, "recompute_memory": False})
+        workspace += max(
+            own * (saved_by_block(work.model, layer, layout.placement, part, own).memory)
+            for layer, _ in stage.layers
+            for part in (again,)
+        )
+    exchange = max(_exchange(work, layout, layer, tokens) for layer, _ in stage.layers)
+    if loss > workspace + exchange:
+        workspace = exchange = 0.0
+    else:
+        loss = 0.0
+    return RankMemory(
+        weights=size * (kept.dense + kept.experts),
+        gradients=4 * (kept.dense + kept.experts),
+        optimizer=master * (kept.dense / shards + kept.experts / table_shards),
+        table_weights=size * kept.tables,
+        table_gradients=4 * kept.tables,
+        table_optimizer=master * kept.tables / table_shards,
+        buffers=sum(count * _permutation(work, layer) for layer, count in stage.layers),
+        activations=activations,
+        loss=loss,
+        exchange=exchange,
+        workspace=workspace,
+        fragmentation=fragmentation * (activations + loss + exchange + workspace),
+    )
+
+
+def micro_batches_in_flight(layout: Layout, stage: int) -> float:
+    """Forward passes of the stage that wait for their backward at its peak, in micro-batches (1F1B and interleaved)."""
+    after = layout.pipeline - stage
+    if layout.chunks == 1:
+        return min(after, layout.micro_batches)
+    chunks = 2 * (after - 1) + (layout.chunks - 1) * layout.pipeline + 1
+    return min(chunks, layout.micro_batches * layout.chunks) / layout.chunks
+
+
+def _permutation(work: Workload, layer: Layer) -> float:
+    if not work.model.memory.shuffle:
+        return 0.0
+    return layer.virtual_rows * (4 if layer.virtual_rows < 2**31 else 8)
+
+
+def _workspace(work: Workload, layout: Layout, layer: Layer, options: Options, tokens: float) -> float:
+    """Gradients inside the block that is computing: of the FFN's inner activations, or of the side scores."""
+    model, size = work.model, layout.element
+    ffn = model.ffn_hidden_size if layer.parameters.ffn else 0
+    if layer.has_moe:
+        ffn = model.moe.top_k * model.moe.ffn_hidden_size + model.moe.shared_expert_hidden_size
+    inner = tokens / layout.tensor * size * (3 * ffn + 2 * model.hidden_size)
+    if not layer.has_memory:
+        return inner
+    memory = model.memory
+    sides = 2 * memory.num_heads * memory.tucker_rank * layer.keys_per_side
+    retrieval = tokens / layout.tensor * size * (sides / memory.num_heads + 2 * query_width(memory))
+    return max(inner, retrieval)
+
+
+def _exchange(work: Workload, layout: Layout, layer: Layer, tokens: float) -> float:
+    """Messages, as sent and as received, of the largest exchange inside a block."""
+    size, hidden = layout.element, work.model.hidden_size
+    gathered = tokens * hidden * size if layout.tensor > 1 else 0.0  # the whole sequence, or its reduction
+    lookup = 2.0 * layout.placement.forward_bytes if layer.has_memory else 0.0
+    dispatched = 0.0
+    if layer.has_moe and layout.expert_group > 1:
+        dispatched = 2 * tokens / layout.tensor * work.model.moe.top_k * hidden * size
+    return max(gathered, lookup, dispatched)
