@@ -108,13 +108,17 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        help="how the value tables would be placed on the ranks, and what that costs",
-        description="Prints what every placement of the value tables moves and costs, and which one a run takes. "
-        + settings,
-        epilog="example:\n  ultramem plan --config my.yaml parallel.memory_parallel_size=8",
+        help="parameters, FLOPs, memory, communication and time of a config on a cluster, and layouts that fit",
+        description="Predicts what a config costs on a cluster, says whether its layout fits, and looks for layouts "
+        "that do. " + settings + " cluster.setting=value changes the cluster.",
+        epilog="examples:\n"
+        "  ultramem plan --config my.yaml parallel.memory_parallel_size=8\n"
+        "  ultramem plan --config my.yaml --gpus 64 --cluster h200 --picture plan.png\n"
+        "  ultramem plan --config my.yaml --gpus 1024 --cluster h100 cluster.inter_node_gb_per_s=22 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_config(plan)
+    _add_plan(plan)
     plan.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what it changes")
@@ -126,6 +130,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="settings on top of the file")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, help="GPUs of the cluster (default: as few as the config's layout needs)")
+    parser.add_argument("--cluster", help="h100, h200, b200, a100, or a .yaml file of settings (default: h100 with the "
+                        "links that parallel.* describes)")  # fmt: skip
+    parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=None,
+                        help="look for layouts that fit (default: where --gpus is given)")  # fmt: skip
+    parser.add_argument("--top", type=int, default=10, help="layouts to list (default 10)")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument("--picture", type=Path, help="draw memory and time to this .png file")
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
@@ -236,12 +251,9 @@ def _config(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from rich.console import Console
+    from megatron_ultramem.planning.command import run_plan
 
-    from megatron_ultramem.config import load_config
-    from megatron_ultramem.planning.placements import print_placements
-
-    print_placements(load_config(args.config, args.overrides), Console(highlight=False, soft_wrap=True))
+    run_plan(args)
 
 
 def _doctor(args: argparse.Namespace) -> None:

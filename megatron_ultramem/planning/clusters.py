@@ -62,11 +62,11 @@ def presets() -> dict[str, Cluster]:
     }
 
 
-def load_cluster(source: str, overrides: Sequence[str] = ()) -> Cluster:
+def load_cluster(source: str | Cluster, overrides: Sequence[str] = ()) -> Cluster:
     """A preset by its name, or a YAML file of settings (which may name a `preset` to start from), then overrides.
 
     Args:
-        source: h100, h200, b200, a100, or the path of a .yaml file.
+        source: h100, h200, b200, a100, the path of a .yaml file, or a cluster.
         overrides: 'cluster.setting=value'.
 
     Raises:
@@ -74,8 +74,11 @@ def load_cluster(source: str, overrides: Sequence[str] = ()) -> Cluster:
     """
     known = presets()
     settings: dict[str, Any] = {}
-    if source.lower() in known:
-        base: Cluster | None = known[source.lower()]
+    base: Cluster | None
+    if isinstance(source, Cluster):
+        base = source
+    elif source.lower() in known:
+        base = known[source.lower()]
     elif source.endswith((".yaml", ".yml")):
         settings = _read(Path(source))
         preset = settings.pop("preset", None)

@@ -1,4 +1,4 @@
-"""`ultramem plan`: what each placement of the value tables would cost, and which one a run would take."""
+"""What each placement of the value tables would cost, and which one a run would take."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def print_placements(config: Config, console: Console) -> None:
         console.print("no memory layers (model.memory.layers = none): nothing to place")
         return
     tables = sum(pool.padded_rows for pool in pools) * (w.value_dim + w.pre_value_dim) * w.size
-    in_all = f"{_bytes(tables)} in all"
+    in_all = f"{show_bytes(tables)} in all"
     if p.pipeline_parallel_size > 1:
         in_all += f" over {p.pipeline_parallel_size} pipeline stages"
     share = tables / p.memory_parallel_size / p.pipeline_parallel_size
     console.print(
-        f"value tables: {len(pools)} pool{'s' if len(pools) > 1 else ''}, {in_all}; {_bytes(share)} on a rank with "
+        f"value tables: {len(pools)} pool{'s' if len(pools) > 1 else ''}, {in_all}; {show_bytes(share)} on a rank with "
         f"parallel.memory_parallel_size = {p.memory_parallel_size}"
     )
     console.print(
@@ -39,9 +39,9 @@ def print_placements(config: Config, console: Console) -> None:
             name += f" ({p.memory_parallel_size // estimate.columns} x {estimate.columns})"
         table.add_row(
             name,
-            _bytes(estimate.forward_bytes),
-            _bytes(estimate.backward_bytes),
-            _bytes(moved / tokens_per_rank(config)),
+            show_bytes(estimate.forward_bytes),
+            show_bytes(estimate.backward_bytes),
+            show_bytes(moved / tokens_per_rank(config)),
             f"{estimate.microseconds / 1000:.3f} ms",
             "; ".join(filter(None, ["chosen" if mark else "", estimate.problem])),
             style="bold" if mark else None,
@@ -53,9 +53,10 @@ def print_placements(config: Config, console: Console) -> None:
     console.print(f"parallel.memory_placement = {p.memory_placement} -> {chosen.placement} ({why})")
 
 
-def _bytes(number: float) -> str:
+def show_bytes(number: float) -> str:
+    """Three digits: 1.23 GB."""
     for unit in ("B", "KB", "MB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:.3g} GB"
+    return f"{number:.3g} GB" if number < 1000 else f"{number / 1000:,.3g} TB"

@@ -1,0 +1,38 @@
+"""What of the datasheet programs reach, and what the host costs: every constant of the time model, with its source.
+
+Measured on one H100 SXM (benchmarks/results/kernels_h100.json, training_h100.json); for other GPUs the shares are
+assumed to be the same. `tools/check_plan.py` measures what the model predicts with them.
+"""
+
+from __future__ import annotations
+
+# Shares of the peak of matrix products, dense bf16.
+MATMUL = 0.80  # large products: 794 of 989.5 TFLOP/s
+ATTENTION_FORWARD = 0.45  # fused attention, counting the causal half
+ATTENTION_BACKWARD = 0.36
+# The exact pass of the retrieval evaluates k x k pairs outside tensor cores: 4.4 ps a pair of 9 FLOPs.
+EXACT_PASS = 0.0021
+
+# Shares of the HBM bandwidth.
+COPY = 0.886  # 2969 of 3350 GB/s
+ELEMENTWISE = 0.75  # norms, rotations, SwiGLU, residual sums: smaller than the copy
+LOOKUP_FORWARD = 0.74  # rows of 384 bytes: 2482 GB/s
+LOOKUP_BACKWARD = 0.70
+COARSE_PASS = 0.58  # reads every side score: 1.03 ps a score of 2 bytes
+
+LOSS_PASSES = 32  # bytes moved for a logit, both directions, beside the matrix products
+ADAM_BYTES = 38  # for a parameter of a rank's share: gradient twice, master and moments in and out, the new weight
+GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and read, and added to main_grad in fp32
+
+# Kernel launches (of Cluster.launch_us, with what Python does around each), forward and backward of one micro-batch.
+# From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 239 ms for 20 with memory,
+# 20.4 ms for an MoE layer of 64 experts where the dense FFN took 2.2 ms.
+BLOCK_LAUNCHES = 324  # norms, attention, residual
+FFN_LAUNCHES = 220
+MEMORY_LAUNCHES = 651
+MOE_LAUNCHES = 440  # router and dispatch
+EXPERT_LAUNCHES = 25  # for every expert on the rank
+EXCHANGE_LAUNCHES = 25  # for every message of a memory exchange: packing and unpacking; not yet measured
+FORWARD_SHARE = 0.4  # of them in the forward pass, which a recomputation issues again
+# Once a step, for every block: clipping, Adam, singular vectors. From 1985 ms for a step of 8 micro-batches of 239 ms.
+STEP_LAUNCHES = 270

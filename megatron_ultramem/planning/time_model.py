@@ -1,0 +1,290 @@
+"""Predicted time of a training step: a roofline with a term for the host.
+
+For every part of a block, on one GPU:
+
+- matrix products take FLOPs / reached FLOP/s + bytes / copy bandwidth (the sum, which small products come close to);
+- attention takes FLOPs / reached FLOP/s; norms, rotations, SwiGLU, residual sums and the loss take bytes / bandwidth;
+- retrieval reads all side scores and evaluates k*k pairs; the lookup reads M rows a token, and its backward reads them
+  again and reads, adds and writes fp32 gradients of every row that the micro-batch touched (rows used evenly).
+
+A micro-batch takes the larger of the GPU's time, with the exchanges that nothing hides, and of the host's: launches
+times the time of one. A step takes (micro-batches - 1) times the slowest stage, plus all stages once (the pipeline's
+ramp, over the chunks), plus what of the gradients' reduction is not hidden, plus Adam. The figures are in
+`calibration.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from megatron_ultramem.config.schema import Config
+from megatron_ultramem.planning import calibration as c
+from megatron_ultramem.planning.clusters import Cluster
+from megatron_ultramem.planning.communication import (
+    Links,
+    Transfer,
+    block_traffic,
+    gradient_traffic,
+    pipeline_traffic,
+    stage_tensor_traffic,
+)
+from megatron_ultramem.planning.layout import Layout, rank_parameters
+from megatron_ultramem.planning.parameters import attention_dims, query_width, row_width, rows_per_token
+from megatron_ultramem.planning.workload import Layer, Stage, Workload
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds, by what they are spent on; communication is what nothing hides."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    retrieval: float = 0.0
+    lookup: float = 0.0
+    loss: float = 0.0
+    tensor_comm: float = 0.0
+    context_comm: float = 0.0
+    expert_comm: float = 0.0
+    memory_comm: float = 0.0
+    pipeline_comm: float = 0.0
+    host: float = 0.0  # by which launches take longer than everything above
+    bubble: float = 0.0
+    gradient_comm: float = 0.0
+    optimizer: float = 0.0
+
+    def __add__(self, other: Times) -> Times:
+        return Times(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Times:
+        return Times(*(getattr(self, f.name) * times for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+    @property
+    def gpu(self) -> float:
+        """Of kernels that compute."""
+        return self.matmul + self.attention + self.elementwise + self.retrieval + self.lookup + self.loss
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A predicted step. `micro_batch` is one forward and backward of the slowest stage."""
+
+    times: Times
+    micro_batch: Times
+    seconds: float
+    tokens_per_s: float
+    mfu: float
+    bound_by: str
+
+
+class TimeModel:
+    """Times of one model on one cluster."""
+
+    def __init__(self, work: Workload, cluster: Cluster) -> None:
+        self.work, self.cluster = work, cluster
+        self.flops_rate = cluster.peak_tflops * 1e12
+        self.bandwidth = cluster.hbm_gb_per_s * 1e9
+        flops = sum(
+            f.attention_projections + f.attention_scores + f.ffn + f.moe + (f.memory.total if f.memory else 0.0)
+            for f in (layer.flops for layer in work.layers)
+        )
+        self.model_flops = 3 * (flops + work.logits_flops)  # training, per token
+
+    def step(self, config: Config, layout: Layout) -> StepTime:
+        """Of a legal layout."""
+        links = Links(self.cluster, layout)
+        stages = self.work.stages(config)
+        passes = [self._stage(config, layout, links, stage) for stage in stages]
+        totals = [(forward + backward) for forward, backward in passes]
+        slowest = max(range(len(stages)), key=lambda number: totals[number].total)
+        ramp = (sum(times.total for times in totals) - totals[slowest].total) / layout.chunks
+        times = totals[slowest] * layout.micro_batches + Times(bubble=ramp)
+        ends = [self._end_of_step(config, layout, links, stage, *passes[number]) for number, stage in enumerate(stages)]
+        times += max(ends, key=lambda end: end.total)
+        tokens = config.train.global_batch_size * self.work.sequence_length
+        reached = tokens * self.model_flops / times.total / layout.gpus
+        return StepTime(
+            times,
+            totals[slowest],
+            times.total,
+            tokens / times.total,
+            reached / self.flops_rate,
+            _largest(times),
+        )
+
+    def _stage(self, config: Config, layout: Layout, links: Links, stage: Stage) -> tuple[Times, Times]:
+        """(forward, backward) of one micro-batch, recomputation in the backward."""
+        forward, backward, launches, again = Times(), Times(), 0.0, 0.0
+        full, recompute_memory = config.train.recompute == "full", config.model.memory.recompute
+        for layer, count in stage.layers:
+            ahead, back = self._block(layout, layer)
+            to, fro = self._block_comm(config, layout, links, layer, ahead, back)
+            number = self._launches(layout, layer)
+            if full:
+                back, fro = back + ahead, fro + to
+                again += count * number * c.FORWARD_SHARE
+            elif layer.has_memory and recompute_memory:
+                back += Times(lookup=ahead.lookup, retrieval=ahead.retrieval)
+                fro += Times(memory_comm=to.memory_comm)
+                again += count * c.MEMORY_LAUNCHES * c.FORWARD_SHARE
+            elif config.train.recompute == "selective":
+                back += Times(attention=ahead.attention)
+            forward, backward = forward + (ahead + to) * count, backward + (back + fro) * count
+            launches += count * number
+        if stage.has_output:
+            ahead, back = self._output(layout)
+            forward, backward = forward + ahead, backward + back
+        to_ends, from_ends = stage_tensor_traffic(self.work, layout, links, stage)
+        neighbours = 0.0 if config.parallel.overlap_p2p else pipeline_traffic(self.work, layout, links, stage).seconds
+        forward += Times(tensor_comm=to_ends.seconds, pipeline_comm=neighbours / 2)
+        backward += Times(tensor_comm=from_ends.seconds, pipeline_comm=neighbours / 2)
+        dense = rank_parameters(self.work, layout, stage)
+        added = (dense.dense + dense.experts) * c.GRADIENT_BYTES / (c.COPY * self.bandwidth)
+        backward += Times(elementwise=added)
+        host = self.cluster.launch_us / 1e6
+        return (
+            _waiting_for_host(forward, host * launches * c.FORWARD_SHARE),
+            _waiting_for_host(backward, host * (launches * (1 - c.FORWARD_SHARE) + again)),
+        )
+
+    def _block(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
+        """(forward, backward) on the GPU."""
+        model, tp, size = self.work.model, layout.tensor, layout.element
+        tokens = layout.micro_batch * self.work.sequence_length / layout.context
+        own = tokens / tp
+        p, f, hidden = layer.parameters, layer.flops, model.hidden_size
+        _, query, key = attention_dims(model)
+        matmul = self._matmul(
+            tokens * f.attention_projections / tp,
+            size * (p.attention / tp + tokens * (2 * hidden + (2 * query + 2 * key) / tp)),
+        )
+        if p.ffn:
+            inner = tokens * (2 * hidden + 3 * model.ffn_hidden_size / tp)
+            matmul += self._matmul(tokens * f.ffn / tp, size * (p.ffn / tp + inner))
+        moved = own * size * (13 * hidden + 4 * (query + key)) + own * size * 3 * (
+            model.ffn_hidden_size if p.ffn else 0
+        )
+        if layer.has_moe:
+            moe, experts = model.moe, own * model.moe.top_k
+            inner = experts * (2 * hidden + 3 * moe.ffn_hidden_size)
+            weights = p.experts / layout.expert_group + (p.router + p.shared_expert)
+            matmul += self._matmul(own * f.moe, size * (weights + inner))
+            # Permuted there and back, with their weights.
+            moved += size * experts * (4 * hidden + 3 * moe.ffn_hidden_size)
+        retrieval_forward = retrieval_backward = lookup_forward = lookup_backward = 0.0
+        if layer.has_memory and f.memory:
+            memory, m = model.memory, f.memory
+            sides = 2 * memory.num_heads * memory.tucker_rank * layer.keys_per_side
+            linear = m.total - m.exact_scores - m.coarse_combination - m.lookup
+            widths = 2 * hidden + query_width(memory) * 2 + row_width(memory) + sides
+            matmul += self._matmul(own * linear, size * (p.memory + own * widths))
+            coarse = own * sides * size / (c.COARSE_PASS * self.bandwidth)
+            retrieval_forward = coarse + own * m.exact_scores / (c.EXACT_PASS * self.flops_rate)
+            retrieval_backward = own * sides * size / (c.COPY * self.bandwidth)
+            lookup_forward, lookup_backward = self._lookup(layout, layer, own)
+            moved += own * size * (3 * hidden + 2 * query_width(memory))
+        scores = tokens * f.attention_scores / tp
+        elementwise = moved / (c.ELEMENTWISE * self.bandwidth)
+        return (
+            Times(
+                matmul=matmul,
+                attention=scores / (c.ATTENTION_FORWARD * self.flops_rate),
+                elementwise=elementwise,
+                retrieval=retrieval_forward,
+                lookup=lookup_forward,
+            ),
+            Times(
+                matmul=2 * matmul,
+                attention=2 * scores / (c.ATTENTION_BACKWARD * self.flops_rate),
+                elementwise=2 * elementwise,
+                retrieval=retrieval_backward,
+                lookup=lookup_backward,
+            ),
+        )
+
+    def _matmul(self, flops: float, num_bytes: float) -> float:
+        return flops / (c.MATMUL * self.flops_rate) + num_bytes / (c.COPY * self.bandwidth)
+
+    def _lookup(self, layout: Layout, layer: Layer, own: float) -> tuple[float, float]:
+        """Sharded tables serve as many rows as one rank's tokens want, by rows or by narrower columns."""
+        memory, size = self.work.model.memory, layout.element
+        width, entries = row_width(memory), own * rows_per_token(memory)
+        read = entries * (width * size + 4 + 4 * memory.num_cores) + own * width * size
+        rows = layer.virtual_rows
+        touched = rows * -math.expm1(-entries * layout.placement.ranks / rows) / layout.placement.ranks
+        written = entries * width * size + touched * width * 8 + own * width * size * 2
+        return read / (c.LOOKUP_FORWARD * self.bandwidth), written / (c.LOOKUP_BACKWARD * self.bandwidth)
+
+    def _output(self, layout: Layout) -> tuple[Times, Times]:
+        """Output layer and loss."""
+        work, tp = self.work, layout.tensor
+        tokens = layout.micro_batch * work.sequence_length / layout.context
+        logits = tokens * work.vocabulary / tp
+        hidden = work.model.hidden_size
+        weights = hidden * work.vocabulary / tp
+        matmul = self._matmul(tokens * work.logits_flops / tp, layout.element * (weights + logits + tokens * hidden))
+        loss = logits * c.LOSS_PASSES / (c.ELEMENTWISE * self.bandwidth)
+        return Times(matmul=matmul, loss=loss / 2), Times(matmul=2 * matmul, loss=loss / 2)
+
+    def _block_comm(
+        self, config: Config, layout: Layout, links: Links, layer: Layer, forward: Times, backward: Times
+    ) -> tuple[Times, Times]:
+        """What of a block's exchanges nothing hides: the ring of attention runs beside attention; the memory exchange
+        beside the FFN if `parallel.overlap_exchange` says so."""
+        traffic = block_traffic(self.work, layout, links, layer)
+
+        def exposed(direction: int, computing: Times) -> Times:
+            memory = traffic.memory[direction].seconds
+            if config.parallel.overlap_exchange:
+                memory = max(0.0, memory - computing.matmul / 2)
+            return Times(
+                tensor_comm=traffic.tensor[direction].seconds,
+                context_comm=max(0.0, traffic.context[direction].seconds - computing.attention),
+                expert_comm=traffic.expert[direction].seconds,
+                memory_comm=memory,
+            )
+
+        return exposed(0, forward), exposed(1, backward)
+
+    def _launches(self, layout: Layout, layer: Layer) -> float:
+        p = layer.parameters
+        number = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0) + (c.MEMORY_LAUNCHES if layer.has_memory else 0)
+        if layer.has_memory:
+            number += c.EXCHANGE_LAUNCHES * layout.placement.messages
+        if layer.has_moe:
+            number += c.MOE_LAUNCHES + c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
+        return number
+
+    def _end_of_step(
+        self, config: Config, layout: Layout, links: Links, stage: Stage, forward: Times, backward: Times
+    ) -> Times:
+        """Gradients, Adam, parameters: what is not hidden behind the last backward and the next forward."""
+        p, kept = config.parallel, rank_parameters(self.work, layout, stage)
+        groups = gradient_traffic(self.work, layout, links, stage)
+        gradients = sum((groups[name][0] for name in groups), Transfer()).seconds
+        parameters = sum((groups[name][1] for name in groups), Transfer()).seconds
+        if p.overlap_grad_reduce:
+            hidden = groups["data"][0].seconds + groups["expert_data"][0].seconds
+            gradients -= min(hidden, backward.total)
+        if p.overlap_param_gather:
+            parameters = max(0.0, parameters - forward.total)
+        shards, table_shards = (layout.data * layout.context, layout.expert_data) if p.distributed_optimizer else (1, 1)
+        own = kept.dense / shards + (kept.experts + kept.tables) / table_shards
+        adam = (own * c.ADAM_BYTES + kept.total * 4) / (c.ELEMENTWISE * self.bandwidth)
+        host = stage.num_layers * c.STEP_LAUNCHES * self.cluster.launch_us / 1e6
+        return Times(gradient_comm=gradients + parameters, optimizer=adam + host)
+
+
+def _waiting_for_host(times: Times, launching: float) -> Times:
+    return times + Times(host=max(0.0, launching - times.total))
+
+
+def _largest(times: Times) -> str:
+    if times.host > 0.25 * times.total:
+        return "host"
+    return max(fields(times), key=lambda field: getattr(times, field.name)).name
