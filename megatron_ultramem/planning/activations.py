@@ -64,7 +64,7 @@ def saved_by_block(model: ModelConfig, layer: Layer, placement: Estimate, option
     if layer.has_memory and options.recompute_memory:
         memory = selected_keys(model.memory, options.fused_memory)
     elif layer.has_memory:
-        memory = saved_by_memory(model, placement, options.fused_memory, options.element, tokens)
+        memory = saved_by_memory(model.memory, placement, options.fused_memory, options.element, tokens)
     return Saved(_stream(model, options), inner, memory)
 
 
@@ -94,10 +94,11 @@ def _local_attention(model: ModelConfig, options: Options) -> float:
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     _, query, key = attention_dims(model)
     size, repeated = options.element, groups < heads
-    # Rotated queries, keys of every head, output; the fused projection, of which values or raw keys are views.
-    saved = float(size * (3 * query + query + 2 * key))
+    saved = float(size * 3 * query)  # rotated queries, keys of every head, output
     if repeated:
         saved += size * query  # values of every head
+    if not repeated or (model.qk_norm and size == 4):
+        saved += size * (query + 2 * key)  # the fused projection, of which values or keys before their norm are views
     if model.qk_norm:
         saved += 4 * (query + key) + 4 * (heads + groups)
         if size < 4:

@@ -78,8 +78,9 @@ def rank_parameters(work: Workload, layout: Layout, stage: Stage) -> RankParamet
     dense = experts = 0
     for layer, count in stage.layers:
         p = layer.parameters
-        split = (p.attention + p.ffn + p.shared_expert) // tp
-        dense += count * (split + p.attention_gains + p.norms + p.router + p.memory)
+        gate = hidden if p.shared_expert and work.model.moe.shared_expert_gate else 0
+        split = (p.attention + p.ffn + p.shared_expert - gate) // tp
+        dense += count * (split + gate + p.attention_gains + p.norms + p.router + p.memory)
         experts += count * p.experts // layout.expert_group
     if stage.has_embedding:
         dense += matrix

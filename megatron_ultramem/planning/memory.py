@@ -7,11 +7,12 @@ cannot use. The device must also hold what torch does not see (`Cluster.reserved
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields
 
+from megatron_ultramem.memory.kinds import query_width
 from megatron_ultramem.planning.activations import Options, block_input, saved_by_block
 from megatron_ultramem.planning.layout import Layout, rank_parameters
-from megatron_ultramem.planning.parameters import query_width
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
 
 GIB = 2**30
@@ -82,11 +83,9 @@ def stage_memory(
     if recompute:
         workspace += max(whole.values())
     elif options.recompute_memory:
-        again = Options(**{**options.__dict__, "recompute_memory": False})
-        workspace += max(
-            own * (saved_by_block(work.model, layer, layout.placement, part, own).memory)
-            for layer, _ in stage.layers
-            for part in (again,)
+        again = dataclasses.replace(options, recompute_memory=False)
+        workspace += own * max(
+            saved_by_block(work.model, layer, layout.placement, again, own).memory for layer, _ in stage.layers
         )
     exchange = max(_exchange(work, layout, layer, tokens) for layer, _ in stage.layers)
     if loss > workspace + exchange:
@@ -134,8 +133,8 @@ def _workspace(work: Workload, layout: Layout, layer: Layer, options: Options, t
     if not layer.has_memory:
         return inner
     memory = model.memory
-    sides = 2 * memory.num_heads * memory.tucker_rank * layer.keys_per_side
-    retrieval = tokens / layout.tensor * size * (sides / memory.num_heads + 2 * query_width(memory))
+    scores = layer.side_scores / memory.num_heads  # head after head
+    retrieval = tokens / layout.tensor * size * (scores + 2 * query_width(memory))
     return max(inner, retrieval)
 
 

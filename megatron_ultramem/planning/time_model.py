@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, fields
 
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.memory.kinds import num_cores, query_width
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import (
@@ -30,7 +31,7 @@ from megatron_ultramem.planning.communication import (
     stage_tensor_traffic,
 )
 from megatron_ultramem.planning.layout import Layout, rank_parameters
-from megatron_ultramem.planning.parameters import attention_dims, query_width, row_width, rows_per_token
+from megatron_ultramem.planning.parameters import attention_dims, row_width, rows_per_token
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
 
 
@@ -179,7 +180,7 @@ class TimeModel:
         retrieval_forward = retrieval_backward = lookup_forward = lookup_backward = 0.0
         if layer.has_memory and f.memory:
             memory, m = model.memory, f.memory
-            sides = 2 * memory.num_heads * memory.tucker_rank * layer.keys_per_side
+            sides = layer.side_scores
             linear = m.total - m.exact_scores - m.coarse_combination - m.lookup
             widths = 2 * hidden + query_width(memory) * 2 + row_width(memory) + sides
             matmul += self._matmul(own * linear, size * (p.memory + own * widths))
@@ -214,7 +215,7 @@ class TimeModel:
         """Sharded tables serve as many rows as one rank's tokens want, by rows or by narrower columns."""
         memory, size = self.work.model.memory, layout.element
         width, entries = row_width(memory), own * rows_per_token(memory)
-        read = entries * (width * size + 4 + 4 * memory.num_cores) + own * width * size
+        read = entries * (width * size + 4 + 4 * num_cores(memory)) + own * width * size
         rows = layer.virtual_rows
         touched = rows * -math.expm1(-entries * layout.placement.ranks / rows) / layout.placement.ranks
         written = entries * width * size + touched * width * 8 + own * width * size * 2

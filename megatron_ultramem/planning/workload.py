@@ -23,7 +23,7 @@ class Layer:
 
     parameters: LayerParameters
     flops: LayerFlops
-    keys_per_side: int  # 0 without a memory layer
+    side_scores: int  # of a token in the memory layer: keys of both sides, heads and Tucker ranks; 0 without one
     virtual_rows: int  # that the memory layer can address, each with an entry in its shuffle permutation
 
     @property
@@ -63,7 +63,7 @@ class Workload:
             Layer(
                 parameters,
                 flops,
-                pool_of[number].keys_per_side if number in pool_of else 0,
+                round(flops.memory.key_scores / (2 * model.memory.key_dim)) if flops.memory else 0,
                 pool_of[number].virtual_rows if number in pool_of else 0,
             )
             for number, (parameters, flops) in enumerate(
