@@ -68,10 +68,11 @@ def main() -> int:
             rows += _in_processes(args, case)
             rows += _cost(rows, case)
             _show([row for row in rows if row.case == case])
+            written = write_results(args.output, "memory_parallel", rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(write_results(args.output, "memory_parallel", rows))
+    print(written)
     return 0
 
 
