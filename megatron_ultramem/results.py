@@ -83,9 +83,11 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, from git or, where the tree travels without it, from the variable COMMIT."""
+    """The commit, from the variable COMMIT where a tree travels without its history, otherwise from git."""
+    if named := os.environ.get("COMMIT"):
+        return named
     try:
         return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True,
                               cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"

@@ -15,6 +15,10 @@ SHOWN = {
         "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "gpu_busy_ms", "peak_gib",
         "loss_step_1", "loss_step_50",
     ],
+    "memory_parallel": [
+        "received_gb_s_256_mib", "tokens_per_s_with_optimizer", "step_cost_percent", "exchange_gb_s", "peak_gib",
+        "table_gib", "table_gib_on_one",
+    ],
     "kernels": [
         "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
         "layer_forward_backward_ms", "layer_t1_us",
