@@ -15,11 +15,14 @@ def shuffle_permutation(
 ) -> torch.Tensor:
     """Permutation of [0, virtual_rows): int32 where that is enough, else int64.
 
-    Always drawn on the CPU, so that it does not depend on the device the model lives on.
+    Always drawn on the CPU, so that it does not depend on the device the model lives on (and not drawn on the meta
+    device, which has no numbers).
     """
     digest = hashlib.sha256(f"shuffle/{seed}/{pool}/{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     dtype = torch.int32 if virtual_rows <= torch.iinfo(torch.int32).max else torch.int64
+    if torch.device(device or "cpu").type == "meta":
+        return torch.empty(virtual_rows, dtype=dtype, device="meta")
     return torch.randperm(virtual_rows, generator=generator, dtype=dtype).to(device)
 
 
