@@ -17,6 +17,7 @@ from megatron_ultramem.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A UserError becomes one line on stderr and exit code 2."""
     from megatron_ultramem.quiet import quiet_dependencies
+    from megatron_ultramem.redaction import redact
 
     quiet_dependencies()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if rank == "0" or not error.on_every_rank:
             where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}]"
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            print(redact(f"error{where}: {error}"), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -16,11 +16,12 @@ from typing import IO, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import TensorStorageMetadata
 
 from megatron_ultramem.checkpoints_convert.tensors import Shape, TensorInfo, raw_bytes
 from megatron_ultramem.errors import CheckpointError
 from megatron_ultramem.training.checkpoint_folder import is_weight
+from megatron_ultramem.training.checkpoint_safety import read_metadata
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class CheckpointReader:
         """Raises CheckpointError if the folder's metadata cannot be read."""
         self.folder = folder
         try:
-            metadata = FileSystemReader(folder).read_metadata()
+            metadata = read_metadata(folder)
             stored = metadata.storage_data
             self._parts: dict[str, list[_Part]] = {}
             for index, info in stored.items():

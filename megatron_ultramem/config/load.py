@@ -138,7 +138,6 @@ def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:
                 f"{prefix}{key}: unknown setting; {hint}legal in {prefix.rstrip('.') or 'the top level'}: "
                 + ", ".join(fields)
             )
-        _refuse_interpolation(f"{prefix}{key}", value)
         child = fields[key].default_factory
         if isinstance(child, type) and dataclasses.is_dataclass(child):
             if value is None:
@@ -147,7 +146,9 @@ def _refuse_unknown(tree: Any, section: type, prefix: str) -> None:
                 raise ConfigError(f"{prefix}{key} = {value!r}: is a section; legal: a mapping of its settings")
             else:
                 _refuse_unknown(value, child, f"{prefix}{key}.")
-        elif isinstance(value, str) and "float" in str(fields[key].type):
+            continue
+        _refuse_interpolation(f"{prefix}{key}", value)
+        if isinstance(value, str) and "float" in str(fields[key].type):
             try:
                 tree[key] = float(value)
             except ValueError:

@@ -28,6 +28,7 @@ from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, UserError
 from megatron_ultramem.training.checkpoint_folder import Record, is_extra_state, read_config
+from megatron_ultramem.training.checkpoint_safety import refuse_code
 
 Decision = TypeVar("Decision")
 
@@ -209,10 +210,11 @@ def load_sharded(state: dict[str, Any], folder: Path, *, ignore: tuple[str, ...]
         ignore: beginnings of names that the checkpoint may have and `state` does not ask for.
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape, or the files are damaged.
+        CheckpointError: tensors are missing, left over, of another shape, or the files are damaged or would run code.
     """
     failure, loaded = None, {}
     try:
+        refuse_code(folder)
         loaded, left_over, missing = dist_checkpointing.load(
             state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
         )

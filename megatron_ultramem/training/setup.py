@@ -21,6 +21,7 @@ from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.model.build import build_chunks, value_pools
 from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.platform import Platform, prepare, resolve_backend, seed_everything, set_deterministic
+from megatron_ultramem.redaction import refuse_secrets
 from megatron_ultramem.training.checkpoint import CheckpointManager, Position
 from megatron_ultramem.training.checkpoint_choice import check_wanted
 from megatron_ultramem.training.checkpoint_folder import check_writable, checkpoint_dir
@@ -66,6 +67,7 @@ def set_up(config: Config) -> Run:
     Raises the errors of `megatron_ultramem.errors`, all of the cheap ones before a process group or a model exists.
     """
     validate_world(config, world_size_from_environment())
+    refuse_secrets(config)
     platform = prepare(config.train.device)
     check_device(config.logging, platform)
     backend = resolve_backend(config, platform)
