@@ -13,6 +13,7 @@ import torch
 from megatron_ultramem.checkpoints_convert import shuffles
 from megatron_ultramem.checkpoints_convert.conversion_file import Conversion
 from megatron_ultramem.checkpoints_convert.megatron_writer import write_checkpoint
+from megatron_ultramem.checkpoints_convert.names_of_memory import FP32
 from megatron_ultramem.checkpoints_convert.tensors import Made, Recipe, TensorInfo, TensorReader
 from megatron_ultramem.checkpoints_convert.tokenizer_files import Found
 from megatron_ultramem.config.load import save_config
@@ -77,12 +78,10 @@ def write_model(draft: Path, model: Import, tensors: Sequence[Made], advance: Ca
 def precision_of(tensors: Mapping[str, TensorInfo], source: object) -> str:
     """train.precision that holds every number of the source unchanged: bf16 if all that count are, else fp32.
 
-    Tucker's u and t are fp32 in any model. Raises CheckpointError for numbers that neither holds.
+    Some buffers are fp32 in every model. Raises CheckpointError for numbers that neither holds.
     """
     floats = {
-        name: info.dtype
-        for name, info in tensors.items()
-        if info.dtype.is_floating_point and not name.endswith((".retrieval.u", ".retrieval.t"))
+        name: info.dtype for name, info in tensors.items() if info.dtype.is_floating_point and not name.endswith(FP32)
     }
     wide = [name for name, dtype in floats.items() if dtype == torch.float64]
     if wide:

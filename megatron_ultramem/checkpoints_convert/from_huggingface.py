@@ -14,12 +14,13 @@ from megatron_ultramem.checkpoints_convert.account import check_sources
 from megatron_ultramem.checkpoints_convert.checkpoint_target import ORIGIN, Import, precision_of
 from megatron_ultramem.checkpoints_convert.conversion_file import Conversion
 from megatron_ultramem.checkpoints_convert.names import model_links
+from megatron_ultramem.checkpoints_convert.names_of_memory import FP32
 from megatron_ultramem.checkpoints_convert.safetensors_reader import SafetensorsReader
 from megatron_ultramem.checkpoints_convert.tensors import Recipe, Shape, TensorInfo
 from megatron_ultramem.checkpoints_convert.tokenizer_files import Found, find_tokenizer
 from megatron_ultramem.checkpoints_convert.ultramem_folder import read_json, read_ultramem_folder
 from megatron_ultramem.config.load import apply_override, config_from_dict, config_to_dict
-from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.schema import Config, DataConfig
 from megatron_ultramem.config.validate import validate
 from megatron_ultramem.errors import CheckpointError, ConfigError
 from megatron_ultramem.planning.parameters import pad_vocabulary
@@ -47,10 +48,13 @@ def import_folder(folder: Path, home: Path, overrides: Sequence[str], recipe: Tr
     if kind == ULTRAMEM:
         config, vocab_size, conversion = read_ultramem_folder(folder)
         tree = config_to_dict(config)
+        model = tree["model"]
     else:
         model = llama_style.model_settings(folder)
         vocab_size = model["vocab_size"]
-        tree = {"model": model, "data": {"sequence_length": min(4096, model["max_sequence_length"])}}
+        tree = {"model": model}
+    if conversion is None:
+        tree["data"] = {"sequence_length": min(DataConfig.sequence_length, model["max_sequence_length"])}
     precision = precision_of(reader.tensors, folder)
     tree.setdefault("train", {})["precision"] = precision
     config, tokenizer = _complete(tree, folder, home, overrides, recipe or {}, conversion)
@@ -146,7 +150,6 @@ def _in_precision(recipe: Recipe, precision: str, tensors: Mapping[str, TensorIn
     had = {tensors[name].dtype for name in recipe.sources}
     if not all(dtype.is_floating_point for dtype in had):
         return recipe
-    always_fp32 = recipe.name.endswith((".retrieval.u", ".retrieval.t"))
-    dtype = torch.float32 if precision == "fp32" or always_fp32 else torch.bfloat16
+    dtype = torch.float32 if precision == "fp32" or recipe.name.endswith(FP32) else torch.bfloat16
     widened = ", ".join(sorted(str(other).removeprefix("torch.") for other in had - {dtype}))
     return replace(recipe, dtype=dtype, note=f"was {widened}" if widened else "")

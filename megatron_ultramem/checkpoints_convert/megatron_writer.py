@@ -30,7 +30,7 @@ def write_checkpoint(folder: Path, tensors: Sequence[Made], advance: Progress) -
     """
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-    from megatron_ultramem.training.checkpoint_state import MODEL_METADATA, OPTIMIZER_METADATA
+    from megatron_ultramem.training.checkpoint_state import MODEL_METADATA, OPTIMIZER_METADATA, reason
 
     # A file for every block: in a file of several, torch keeps what it has written in memory.
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
@@ -39,7 +39,9 @@ def write_checkpoint(folder: Path, tensors: Sequence[Made], advance: Progress) -
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
             dcp.save({}, storage_writer=writer, planner=_BlockPlanner(tensors, advance), no_dist=True)
     except dcp.api.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        cause = next(iter(error.failures.values()))[0]
+        # Where the disk is full, torch's zip writer ends with a RuntimeError of its own.
+        raise (OSError(reason(error)) if isinstance(cause, RuntimeError) else cause) from None
     torch.save({"content_metadata": {**MODEL_METADATA, **OPTIMIZER_METADATA}}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ultramem.checkpoints_convert.links import GroupedQkv, Link, Same, Stacked
+from megatron_ultramem.checkpoints_convert.names_of_memory import memory_links, table_links
 from megatron_ultramem.config.schema import ModelConfig
-from megatron_ultramem.memory.geometry import Pool, parse_layers, plan_pools
+from megatron_ultramem.memory.geometry import join_layers, parse_layers, plan_pools
+from megatron_ultramem.planning.parameters import ffn_replaced
 
 
 def model_links(model: ModelConfig, vocab_rows: int, *, expert_files: bool = False) -> list[Link]:
@@ -24,15 +26,20 @@ def model_links(model: ModelConfig, vocab_rows: int, *, expert_files: bool = Fal
     moe = set(parse_layers(model.moe.layers, model.num_layers, "model.moe.layers"))
     pools = plan_pools(model)
     pool_of = {layer: pool for pool in pools for layer in pool.layers}
+    # Blocks whose FFN shares its slot with memory of this block, or with what memory of an earlier one sends.
+    wrapped = {*pool_of, *join_layers(model).values()}
+    without_ffn = ffn_replaced(model)
     links: list[Link] = [Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab_rows, h))]
     for layer in range(model.num_layers):
         pool = pool_of.get(layer)
         links += _attention(model, layer)
-        links += _feed_forward(model, layer, layer in moe, pool is not None, expert_files)
+        links.append(_feed_forward_norm(model, layer, layer in moe or layer in wrapped))
+        if layer not in without_ffn:
+            links += _feed_forward(model, layer, layer in moe, layer in wrapped, expert_files)
         if pool is not None:
-            links += _memory(model, layer, pool)
+            links += memory_links(model, layer, pool)
     for pool in pools:
-        links += _tables(model, pool)
+        links += table_links(model, pool)
     links.append(Same("decoder.final_layernorm.weight", "model.norm.weight", (h,)))
     if not model.tie_embeddings:
         links.append(Same("output_layer.weight", "lm_head.weight", (vocab_rows, h)))
@@ -60,11 +67,16 @@ def _attention(model: ModelConfig, layer: int) -> Iterator[Link]:
     yield Same(f"{ours}linear_proj.weight", f"{theirs}self_attn.o_proj.weight", (h, heads * width))
 
 
-def _feed_forward(model: ModelConfig, layer: int, moe: bool, memory: bool, expert_files: bool) -> Iterator[Link]:
-    ours, theirs, h = f"decoder.layers.{layer}.", f"model.layers.{layer}.", model.hidden_size
-    norm = "pre_mlp_layernorm.weight" if moe or memory else "mlp.linear_fc1.layer_norm_weight"
-    yield Same(ours + norm, f"{theirs}post_attention_layernorm.weight", (h,))
-    ffn = f"{ours}mlp.ffn." if memory else f"{ours}mlp."
+def _feed_forward_norm(model: ModelConfig, layer: int, apart: bool) -> Link:
+    """apart: the norm is a module of its own, and not fused into the FFN's first linear."""
+    name = "pre_mlp_layernorm.weight" if apart else "mlp.linear_fc1.layer_norm_weight"
+    theirs = f"model.layers.{layer}.post_attention_layernorm.weight"
+    return Same(f"decoder.layers.{layer}.{name}", theirs, (model.hidden_size,))
+
+
+def _feed_forward(model: ModelConfig, layer: int, moe: bool, wrapped: bool, expert_files: bool) -> Iterator[Link]:
+    theirs, h = f"model.layers.{layer}.", model.hidden_size
+    ffn = f"decoder.layers.{layer}.mlp.ffn." if wrapped else f"decoder.layers.{layer}.mlp."
     if not moe:
         yield from _swiglu(ffn, f"{theirs}mlp.", model.ffn_hidden_size, h)
         return
@@ -89,27 +101,3 @@ def _swiglu(ours: str, theirs: str, width: int, h: int) -> Iterator[Link]:
     parts = ((f"{theirs}gate_proj.weight", width), (f"{theirs}up_proj.weight", width))
     yield Stacked(f"{ours}linear_fc1.weight", (2 * width, h), parts)
     yield Same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (h, width))
-
-
-def _memory(model: ModelConfig, layer: int, pool: Pool) -> Iterator[Link]:
-    memory, h = model.memory, model.hidden_size
-    heads, rank, width = memory.num_heads, memory.tucker_rank, memory.key_dim
-    query_width = heads * 2 * (rank if memory.query_per_rank else 1) * width
-    for name, shape in (
-        ("query_proj.weight", (query_width, h)),
-        ("pre_value_proj.weight", (memory.pre_value_dim, h)),
-        ("value_proj.weight", (h, memory.value_dim)),
-        ("retrieval.keys", (heads, 2, pool.keys_per_side, rank, width)),
-        ("retrieval.cores", (heads, memory.num_cores, rank, rank)),
-        ("retrieval.query_gain", (width,)),
-        ("retrieval.key_gain", (width,)),
-        ("retrieval.u", (heads, rank)),
-        ("retrieval.t", (heads, rank)),
-    ):
-        yield Same(f"decoder.layers.{layer}.mlp.memory.{name}", f"model.layers.{layer}.memory.{name}", shape)
-
-
-def _tables(model: ModelConfig, pool: Pool) -> Iterator[Link]:
-    for name, width in (("values", model.memory.value_dim), ("pre_values", model.memory.pre_value_dim)):
-        shape = (pool.padded_rows, width)
-        yield Same(f"decoder.pools.{pool.index}.{name}", f"model.pools.{pool.index}.{name}", shape)
