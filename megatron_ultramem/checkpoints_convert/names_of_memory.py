@@ -14,7 +14,7 @@ FP32 = (".retrieval.u", ".retrieval.t", ".query_norm.running_mean", ".query_norm
 
 def memory_links(model: ModelConfig, layer: int, pool: Pool) -> list[Link]:
     """Of one memory layer, without its permutation (`shuffles.py`) and its pool."""
-    shapes = {"query_proj.weight": (query_width(model.memory), model.hidden_size)}
+    shapes: dict[str, Shape] = {"query_proj.weight": (query_width(model.memory), model.hidden_size)}
     shapes |= _projections(model)
     shapes |= {f"retrieval.{name}": shape for name, shape in _retrieval(model, pool).items()}
     return [
