@@ -173,31 +173,45 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 def _add_conversions(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(required=True, metavar="direction", dest="direction")
-    for name, what, source, target in (
-        ("to-hf", "a checkpoint of the trainer to a Hugging Face folder", "checkpoint, folder of them, or run folder",
-         "folder to make"),
-        ("from-hf", "a Hugging Face folder (UltraMem, Llama-style, OLMoE) to a checkpoint to train on from",
-         "Hugging Face folder", "folder of the checkpoint to make"),
-    ):  # fmt: skip
+
+    def add(name: str, what: str, source: str, target: str, settings: str) -> argparse.ArgumentParser:
         direction = directions.add_parser(name, help=what, description=f"Converts {what}.")
         direction.add_argument("source", type=Path, help=source)
         direction.add_argument("target", type=Path, help=target)
+        direction.add_argument("overrides", nargs="*", metavar="section.setting=value", help=settings)
+        return direction
+
+    def add_verification(direction: argparse.ArgumentParser) -> None:
         direction.add_argument("--no-verify", action="store_true", help="do not compare the logits of both sides")
         direction.add_argument(
             "--verify-precision", default="fp32", choices=("fp32", "bf16"), help="of that comparison (default fp32)"
         )
-        if name == "to-hf":
-            direction.add_argument(
-                "--max-shard-size", default="5GB", help="of a file of weights (default 5GB)", metavar="SIZE"
-            )
-        direction.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="section.setting=value",
-            help="data.tokenizer.path, if the tokenizer has moved"
-            if name == "to-hf"
-            else "of the checkpoint's settings",
-        )
+
+    checkpoint, settings = "folder of the checkpoint to make", "of the checkpoint's settings"
+    to_hf = add(
+        "to-hf",
+        "a checkpoint of the trainer to a Hugging Face folder",
+        "checkpoint, folder of them, or run folder",
+        "folder to make",
+        "data.tokenizer.path, if the tokenizer has moved",
+    )
+    to_hf.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default 5GB)", metavar="SIZE")
+    add_verification(to_hf)
+    from_hf = add(
+        "from-hf",
+        "a Hugging Face folder (UltraMem, Llama-style, OLMoE) to a checkpoint to train on from",
+        "Hugging Face folder",
+        checkpoint,
+        settings,
+    )
+    add_verification(from_hf)
+    add(
+        "from-released",
+        "a checkpoint of the released research code (model.pt, config.yaml) to one to train on from",
+        "its folder",
+        checkpoint,
+        f"{settings}; model.memory.top_m, if config.yaml does not say it",
+    )
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:

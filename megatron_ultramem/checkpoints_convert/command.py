@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
@@ -36,7 +37,7 @@ def run_convert(args: argparse.Namespace) -> None:
         )
     _quiet_transformers()
     console = Console(highlight=False, soft_wrap=True)
-    {"to-hf": _to_hf, "from-hf": _from_hf}[args.direction](args, console)
+    {"to-hf": _to_hf, "from-hf": _from_hf, "from-released": _from_released}[args.direction](args, console)
 
 
 def parse_size(text: str) -> int:
@@ -88,17 +89,24 @@ def _from_hf(args: argparse.Namespace, console: Console) -> None:
             model.reader.check_digests(model.conversion.digests, advance)
     # Never the code that lies in the folder: it came from somewhere else.
     loader = UltraMemForCausalLM if model_type(args.source) == ULTRAMEM else AutoModelForCausalLM
-    write_import(args, console, model, lambda prompts, precision: verify.their_logits(
+    _write_import(args, console, model, lambda prompts, precision: verify.their_logits(
         args.source, prompts, precision, loader))  # fmt: skip
 
 
-def write_import(
+def _from_released(args: argparse.Namespace, console: Console) -> None:
+    from megatron_ultramem.checkpoints_convert.released import import_released
+
+    check_free(args.target)
+    _write_import(args, console, import_released(args.source, args.target.absolute(), args.overrides), None)
+
+
+def _write_import(
     args: argparse.Namespace,
     console: Console,
     model: Import,
-    their_logits: Callable[[Sequence[Sequence[int]], str], Any],
+    their_logits: Callable[[Sequence[Sequence[int]], str], Any] | None,
 ) -> None:
-    """Writes a checkpoint, compares it with its source, and prints what was done."""
+    """Writes a checkpoint, compares it with its source (None: which nothing here can run), and prints what was done."""
     tensors = [make(recipe, model.reader) for recipe in model.recipes]
     tokenizer, file = model.tokenizer.tokenizer, model.tokenizer.file
     with new_folder(args.target, _bytes(tensors)) as draft:
@@ -107,12 +115,15 @@ def write_import(
         # Until the folder has its name, the tokenizer's path in its settings leads nowhere.
         moved = [] if file is None else [f"data.tokenizer.path={draft / file.name}"]
         prompts = verify.prompts_for(tokenizer, model.config.model.max_sequence_length)
-        _gate(
-            args,
-            console,
-            lambda precision: verify.our_logits(draft, prompts, precision, moved),
-            lambda precision: their_logits(prompts, precision),
-        )
+        if their_logits is None:
+            console.print("logits were not compared: the code that trained the source is no package that can be run")
+        else:
+            _gate(
+                args,
+                console,
+                lambda precision: verify.our_logits(draft, prompts, precision, moved),
+                functools.partial(their_logits, prompts),
+            )
     _report(console, args, model.recipes, model.reader.tensors, model.compared, [])
     console.print(
         f"train on with: ultramem train --config {args.target / 'config.yaml'} checkpoint.load={args.target} "

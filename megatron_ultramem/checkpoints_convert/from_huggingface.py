@@ -48,16 +48,13 @@ def import_folder(folder: Path, home: Path, overrides: Sequence[str], recipe: Tr
     if kind == ULTRAMEM:
         config, vocab_size, conversion = read_ultramem_folder(folder)
         tree = config_to_dict(config)
-        model = tree["model"]
     else:
         model = llama_style.model_settings(folder)
         vocab_size = model["vocab_size"]
         tree = {"model": model}
-    if conversion is None:
-        tree["data"] = {"sequence_length": min(DataConfig.sequence_length, model["max_sequence_length"])}
     precision = precision_of(reader.tensors, folder)
     tree.setdefault("train", {})["precision"] = precision
-    config, tokenizer = _complete(tree, folder, home, overrides, recipe or {}, conversion)
+    config, tokenizer = complete_settings(tree, folder, home, overrides, recipe or {}, conversion)
     if (found := _vocabulary(config, tokenizer)) != vocab_size:
         raise CheckpointError(
             f"{folder}: the model's vocabulary has {vocab_size} tokens, that of its tokenizer and settings {found}"
@@ -84,7 +81,7 @@ def import_folder(folder: Path, home: Path, overrides: Sequence[str], recipe: Tr
         vocab_size,
         tokenizer,
         reader,
-        [_in_precision(made, precision, reader.tensors) for made in (*recipes, *more)],
+        [in_precision(made, precision, reader.tensors) for made in (*recipes, *more)],
         compared,
         origin,
         conversion,
@@ -100,7 +97,7 @@ def model_type(folder: Path) -> str:
     return str(found)
 
 
-def _complete(
+def complete_settings(
     tree: Tree, folder: Path, home: Path, overrides: Sequence[str], recipe: Tree, conversion: Conversion | None
 ) -> tuple[Config, Found]:
     """The settings of the checkpoint, and its tokenizer: that of the settings if they name one, else the folder's."""
@@ -114,6 +111,9 @@ def _complete(
     else:
         tokenizer = find_tokenizer(folder, home, conversion.config.data.tokenizer if conversion else None)
     final = {"data": {"tokenizer": asdict(tokenizer.config)}}
+    if conversion is None:
+        longest = tree["model"]["max_sequence_length"]
+        tree["data"] = {"sequence_length": min(DataConfig.sequence_length, longest)}
     config = config_from_dict(_merged(tree, wishes, final), check=False)
     validate(config, training=False)
     return config, tokenizer
@@ -145,7 +145,7 @@ def _rotary_buffers(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape]:
     return {name: info.shape for name, info in tensors.items() if name.endswith(".rotary_emb.inv_freq")}
 
 
-def _in_precision(recipe: Recipe, precision: str, tensors: Mapping[str, TensorInfo]) -> Recipe:
+def in_precision(recipe: Recipe, precision: str, tensors: Mapping[str, TensorInfo]) -> Recipe:
     """The recipe with the dtype that the checkpoint's settings give its tensor."""
     had = {tensors[name].dtype for name in recipe.sources}
     if not all(dtype.is_floating_point for dtype in had):

@@ -45,12 +45,11 @@ def recipes_to_theirs(config: Config) -> list[Recipe]:
 
 
 def _drawn(config: Config, layer: int, pool: Pool) -> Recipe:
-    dtype = torch.int32 if pool.virtual_rows <= torch.iinfo(torch.int32).max else torch.int64
-
     def rows(reader: TensorReader, start: int, stop: int) -> torch.Tensor:
         return draw(config, layer, pool)[start:stop]
 
-    return Recipe(their_name(layer), (pool.virtual_rows,), {}, rows, dtype, "drawn from model.memory.shuffle_seed")
+    made = Recipe(their_name(layer), (pool.virtual_rows,), {}, rows, note="drawn from model.memory.shuffle_seed")
+    return in_our_dtype(made, pool.virtual_rows)
 
 
 def draw(config: Config, layer: int, pool: Pool) -> torch.Tensor:
@@ -88,7 +87,7 @@ def from_theirs(config: Config, reader: TensorReader) -> tuple[Config, list[Reci
     differ = config.model.memory.keep_shuffle
     for layer, pool in layers.items():
         found = reader.read(their_name(layer))
-        _check_permutation(their_name(layer), found)
+        check_permutation(their_name(layer), found)
         differ = differ or not torch.equal(found, draw(config, layer, pool))
     if not differ:
         same = "equal to what model.memory.shuffle_seed gives"
@@ -99,7 +98,13 @@ def from_theirs(config: Config, reader: TensorReader) -> tuple[Config, list[Reci
     return config, recipes, {}
 
 
-def _check_permutation(name: str, found: torch.Tensor) -> None:
+def in_our_dtype(recipe: Recipe, rows: int) -> Recipe:
+    """The recipe of a permutation, in the dtype in which we draw one of so many rows."""
+    return replace(recipe, dtype=torch.int32 if rows <= torch.iinfo(torch.int32).max else torch.int64)
+
+
+def check_permutation(name: str, found: torch.Tensor) -> None:
+    """Raises CheckpointError if it is none."""
     rows = found.numel()
     if found.is_floating_point() or not torch.equal(found.long().sort().values, torch.arange(rows)):
         raise CheckpointError(f"{name} {list(found.shape)} is no permutation of {rows} rows")
