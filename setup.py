@@ -35,7 +35,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "triton>=3.6", "nvidia-ml-py"],
         "tokenizers": ["tokenizers", "sentencepiece", "tiktoken"],
-        "hf": ["transformers>=5", "accelerate", "safetensors", "tokenizers"],
+        "hf": ["transformers>=5.4", "accelerate", "safetensors", "tokenizers"],
         "wandb": ["wandb"],
         "prometheus": ["prometheus-client"],
         "deepspeed": ["deepspeed"],
@@ -46,7 +46,7 @@ setup(
             "ruff",
             "mypy",
             "triton",
-            "transformers>=5",
+            "transformers>=5.4",
             "accelerate",
             "safetensors",
             "tokenizers",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_relative_imports
 
 from megatron_ultramem.checkpoints_convert.huggingface import (
     AUTO_MAP,
@@ -17,6 +18,7 @@ from megatron_ultramem.checkpoints_convert.huggingface import (
     MODEL_FILES,
     configuration_ultramem,
     copy_model_files,
+    modeling_ultramem,
 )
 from tests.huggingface.subprocesses import ROOT, run
 
@@ -140,6 +142,12 @@ def test_a_config_that_this_code_cannot_read_is_refused(reference, tmp_path, cha
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{name} = {value!r}"):
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_every_file_is_imported_by_the_first_one():
+    """Older releases of transformers copy the files that the modelling file imports, but not what those import."""
+    imported = get_relative_imports(Path(modeling_ultramem.__file__))
+    assert {*MODEL_FILES} == {"modeling_ultramem.py", *(f"{name}.py" for name in imported)}
 
 
 def test_both_places_of_the_format_version_agree():

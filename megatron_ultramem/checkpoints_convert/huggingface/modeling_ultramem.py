@@ -30,6 +30,7 @@ from .ultramem_blocks import (
     UltraMemRouter,
     UltraMemSparseMLP,
 )
+from .ultramem_common import Fp32Buffers  # noqa: F401 (some releases copy the files that this one imports, no others)
 from .ultramem_lookup import UltraMemValuePool
 from .ultramem_memory import UltraMemMemory, join_block, memory_layer, value_pools
 from .ultramem_product_keys import UltraMemProductKeys, UltraMemQueryNorm
