@@ -49,7 +49,14 @@ def hf_config(config: Config, vocab_size: int) -> dict[str, Any]:
             "num_experts_per_tok": m.moe.top_k,
             "moe_intermediate_size": m.moe.ffn_hidden_size,
             "shared_expert_intermediate_size": m.moe.shared_expert_hidden_size,
+            "shared_expert_gate": m.moe.shared_expert_gate,
+            "router_score": m.moe.router_score,
             "norm_topk_prob": m.moe.normalize_top_k,
+            "router_dtype": m.moe.router_dtype,
+            "router_expert_bias": m.moe.expert_bias,
+            "routed_scaling_factor": m.moe.router_scale or 1.0,
+            "n_group": m.moe.router_groups,
+            "topk_group": m.moe.router_group_top_k,
         }
     pools = plan_pools(m)
     if pools:

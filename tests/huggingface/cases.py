@@ -16,6 +16,16 @@ CASES = {
     "moe": MOE,
     "moe-weights-of-all-experts": [*MOE, "model.moe.normalize_top_k=false"],
     "moe-shared-expert": [*MOE, "model.moe.shared_expert_hidden_size=16"],
+    "moe-gated-shared-expert-scaled": [
+        *MOE, "model.moe.shared_expert_hidden_size=16", "model.moe.shared_expert_gate=true",
+        "model.moe.router_scale=2.5", "model.moe.router_dtype=params",
+    ],
+    "moe-sigmoid-bias-groups": [
+        *MOE, "model.moe.router_score=sigmoid", "model.moe.expert_bias=true", "model.moe.router_groups=3",
+        "model.moe.router_group_top_k=2", "model.moe.top_k=2", "model.moe.router_dtype=fp64",
+    ],
+    "moe-groups": [*MOE, "model.moe.router_groups=2", "model.moe.router_group_top_k=1"],
+    "moe-sigmoid": [*MOE, "model.moe.router_score=sigmoid"],
     "moe-and-memory": [*MOE, "model.memory.layers='0,1'"],
     "own-tables": [],
     "no-shuffle": ["model.memory.shuffle=false"],

@@ -77,7 +77,7 @@ def _disturb(gpt: GPTModel) -> None:
             param.data.mul_(1 + 0.3 * torch.randn(param.shape, generator=generator))
             param.data.add_(0.1 * torch.randn(param.shape, generator=generator))
     for name, buffer in gpt.named_buffers():
-        if "running" in name:
+        if "running" in name or name.endswith("expert_bias"):
             buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
 
 
@@ -102,6 +102,7 @@ def hf_names(state: dict[str, torch.Tensor | None], config: Config) -> dict[str,
         name = name.replace("pre_mlp_layernorm", "post_attention_layernorm").replace("self_attention", "self_attn")
         name = name.replace("mlp.memory.", "memory.").replace("mlp.ffn.", "mlp.").replace("linear_proj", "o_proj")
         name = name.replace("q_layernorm", "q_norm").replace("k_layernorm", "k_norm").replace("router", "gate")
+        name = name.replace("shared_experts.gate_weight", "shared_expert_gate.weight")
         name = name.replace("shared_experts", "shared_expert").replace("linear_fc2", "down_proj")
         if "linear_qkv" in name:
             q, k, v = tensor.view(groups, heads // groups + 2, width, -1).split([heads // groups, 1, 1], dim=1)

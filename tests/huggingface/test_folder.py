@@ -120,6 +120,13 @@ def test_device_map_loads_the_model(reference, tmp_path, device_map):
     torch.testing.assert_close(logits_of(loaded, made.tokens), made.logits, rtol=0, atol=1e-5)
 
 
+def test_the_implementation_of_memory_is_an_argument_of_loading(reference, tmp_path):
+    made = reference("ring")
+    loaded = load(write_folder(made.hf_model(), tmp_path / "model"), memory_kernels="fused")
+    assert {pool.kernels for pool in loaded.model.pools} == {"fused"}
+    torch.testing.assert_close(logits_of(loaded, made.tokens), made.logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("on_disk", ["model.pools", "model.layers.1"])
 def test_parts_of_the_model_may_stay_on_the_disk(reference, tmp_path, on_disk):
     made = reference("ring")

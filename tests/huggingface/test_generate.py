@@ -67,6 +67,13 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(reference):
         assert text[0, tokens.shape[1] :].max() < 120
 
 
+def test_ids_added_to_the_tokenizer_may_be_chosen(reference):
+    model = reference("ring").hf_model()
+    model.resize_token_embeddings(123, pad_to_multiple_of=16)
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == 128
+    assert model.generation_config.suppress_tokens == [123, 124, 125, 126, 127]
+
+
 def test_sampling_and_beam_search_run(reference):
     model = reference("ring").hf_model()
     tokens = torch.tensor([PROMPTS[0], PROMPTS[0]])

@@ -22,6 +22,14 @@ def test_logits_equal_megatrons(reference, case):
             assert (model(made.tokens).logits - made.logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_every_implementation_of_experts_gives_the_same_logits(reference, experts):
+    made = reference("moe-gated-shared-expert-scaled")
+    with torch.no_grad():
+        logits = made.hf_model(experts_implementation=experts)(made.tokens).logits
+    torch.testing.assert_close(logits, made.logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_every_attention_implementation_gives_the_same_logits(reference, attention):
     made = reference("ring")

@@ -13,6 +13,7 @@ MODEL_FILES = (
     "modeling_ultramem.py",
     "ultramem_blocks.py",
     "ultramem_common.py",
+    "ultramem_experts.py",
     "ultramem_lookup.py",
     "ultramem_memory.py",
     "ultramem_product_keys.py",

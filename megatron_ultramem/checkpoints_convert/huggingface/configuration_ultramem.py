@@ -18,8 +18,13 @@ KINDS = {
     "pkm": (*_COMMON, "query_norm"),
     "peer": (*_COMMON, "query_norm"),
 }
-KERNELS = ("auto", "reference", "fused")
-QK_NORMS = ("none", "head", "all_heads")
+# Fields that are one of a few words.
+CHOICES = {
+    "qk_norm": ("none", "head", "all_heads"),
+    "router_score": ("softmax", "sigmoid"),
+    "router_dtype": ("params", "fp32", "fp64"),
+    "memory_kernels": ("auto", "reference", "fused"),
+}
 
 
 @strict
@@ -34,8 +39,14 @@ class UltraMemConfig(PreTrainedConfig):
     qk_norm: what one RMSNorm of queries, or keys, spans before the rotary embedding: "head", "all_heads"; or "none".
     hidden_dropout: on the embedding and on what each branch adds to the residual stream.
     mlp_layer_types: "dense" or "sparse" (mixture of experts), one per layer; empty: dense everywhere.
-    norm_topk_prob: weights of the chosen experts by a softmax over their logits alone; False: over all experts'.
+    router_score, norm_topk_prob: weights of the chosen experts: "softmax" over their logits, or (norm_topk_prob false)
+        over all experts' logits; "sigmoid": of theirs, divided by their sum.
+    router_dtype: of the router's logits: "fp32", "fp64", or "params", that of the model.
+    router_expert_bias: a bias on the scores that choose, but not on the weights (router_score "sigmoid").
+    routed_scaling_factor: the weights are multiplied by it.
+    n_group, topk_group: experts form n_group groups, topk_group of which a token uses; None: no groups.
     shared_expert_intermediate_size: inner width of an expert that every token goes through; 0: none.
+    shared_expert_gate: whether that expert's output is weighted by a sigmoid of the token.
     memory: the memory layers; empty: none:
         kind: ultramem_v2, ultramem, memory_plus, pkm or peer; and the sizes that `KINDS` names for it;
         replaces_ffn: whether a block with memory has no FFN;
@@ -78,7 +89,14 @@ class UltraMemConfig(PreTrainedConfig):
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    router_score: str = "softmax"
     norm_topk_prob: bool = True
+    router_dtype: str = "fp32"
+    router_expert_bias: bool = False
+    routed_scaling_factor: float | int = 1.0
+    n_group: int | None = None
+    topk_group: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     memory_kernels: str = "auto"
     trainer_settings: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +109,8 @@ class UltraMemConfig(PreTrainedConfig):
         if not self.mlp_layer_types:
             self.mlp_layer_types = ["dense"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        if self._experts_implementation is None and (self.moe_intermediate_size % 8 or self.hidden_size % 8):
+            self._experts_implementation = "eager"  # torch's grouped product needs rows of a multiple of 16 bytes
         # Not in one of transformers' validators: they wrap an error in two others.
         self._check()
 
@@ -101,7 +121,7 @@ class UltraMemConfig(PreTrainedConfig):
                 f"format_version = {self.format_version}: this code reads versions up to {FORMAT_VERSION}; "
                 "use the model files of the release that wrote the checkpoint"
             )
-        for name, legal in (("memory_kernels", KERNELS), ("qk_norm", QK_NORMS)):
+        for name, legal in CHOICES.items():
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; legal: {', '.join(legal)}")
         if "sparse" in self.mlp_layer_types and not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -23,14 +23,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_ultramem import UltraMemConfig
 from .ultramem_blocks import (
     UltraMemAttention,
-    UltraMemExperts,
     UltraMemMLP,
     UltraMemRMSNorm,
     UltraMemRotaryEmbedding,
-    UltraMemRouter,
-    UltraMemSparseMLP,
 )
 from .ultramem_common import Fp32Buffers  # noqa: F401 (some releases copy the files that this one imports, no others)
+from .ultramem_experts import UltraMemExperts, UltraMemRouter, UltraMemSparseMLP
 from .ultramem_lookup import UltraMemValuePool
 from .ultramem_memory import UltraMemMemory, join_block, memory_layer, value_pools
 from .ultramem_product_keys import UltraMemProductKeys, UltraMemQueryNorm
@@ -101,7 +99,13 @@ class UltraMemPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["UltraMemDecoderLayer", "UltraMemValuePool"]
     _skip_keys_device_placement = ["past_key_values"]
     # Buffers, by the end of their names: retrieval in bf16 would choose other keys.
-    _keep_in_fp32_modules_strict = ["retrieval.u", "retrieval.t", "query_norm.running_mean", "query_norm.running_var"]
+    _keep_in_fp32_modules_strict = [
+        "retrieval.u",
+        "retrieval.t",
+        "query_norm.running_mean",
+        "query_norm.running_var",
+        "gate.expert_bias",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -111,6 +115,11 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(UltraMemAttention, index=1),
     }
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers would look for the decorator of UltraMemExperts in this file."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As the released code of UltraMemV2; the derived initialisation of the paper is the trainer's work."""
@@ -119,6 +128,8 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         if isinstance(module, UltraMemValuePool | UltraMemExperts | UltraMemRouter):
             for param in module.parameters(recurse=False):
                 init.normal_(param, mean=0.0, std=std)
+            if isinstance(module, UltraMemRouter) and module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
         elif isinstance(module, UltraMemTuckerRetrieval | UltraMemProductKeys):
             init.normal_(module.keys, mean=0.0, std=module.key_dim**-0.5)
             for gain in (getattr(module, "query_gain", None), getattr(module, "key_gain", None)):
@@ -219,9 +230,16 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
     def default_generation_config(config: UltraMemConfig) -> GenerationConfig:
         """Never chooses ids of the embedding's padding, which no tokenizer can decode."""
         made = GenerationConfig.from_model_config(config)
-        if config.tokenizer_vocab_size is not None and config.tokenizer_vocab_size < config.vocab_size:
-            made.suppress_tokens = list(range(config.tokenizer_vocab_size, config.vocab_size))
+        made.suppress_tokens = _padding_ids(config)
         return made
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As of every model of transformers; the tokenizer then has `new_num_tokens` ids, and each may be chosen."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.tokenizer_vocab_size = new_num_tokens
+            self.generation_config.suppress_tokens = _padding_ids(self.config)
+        return embeddings
 
     @can_return_tuple
     def forward(
@@ -260,6 +278,11 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _padding_ids(config: UltraMemConfig) -> list[int] | None:
+    """Ids of the embedding that the tokenizer does not have, or None."""
+    return list(range(config.tokenizer_vocab_size or config.vocab_size, config.vocab_size)) or None
 
 
 __all__ = ["UltraMemForCausalLM", "UltraMemModel", "UltraMemPreTrainedModel"]

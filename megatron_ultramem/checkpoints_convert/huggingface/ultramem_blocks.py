@@ -1,7 +1,6 @@
-"""Norm, rotary embedding, attention, FFN and mixture of experts of the blocks: what Megatron's modules compute.
+"""Norm, rotary embedding, attention and FFN of the blocks: what Megatron's modules compute.
 
-Shapes: B sequences, S positions, H hidden size, A attention heads, G key/value heads, D width of a head; T = B*S
-tokens, E experts, K of them chosen per token.
+Shapes: B sequences, S positions, H hidden size, A attention heads, G key/value heads, D width of a head.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.integrations import use_experts_implementation
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -162,63 +160,3 @@ class UltraMemMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class UltraMemRouter(nn.Module):
-    """Chooses experts, in fp32."""
-
-    def __init__(self, config: UltraMemConfig) -> None:
-        super().__init__()
-        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits [T, E], weights [T, K], chosen experts [T, K])."""
-        logits_TE = F.linear(x_TH.float(), self.weight.float())
-        if self.norm_topk_prob:
-            best_TK, experts_TK = logits_TE.topk(self.top_k, dim=-1)
-            return logits_TE, best_TK.softmax(dim=-1), experts_TK
-        weights_TK, experts_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
-        return logits_TE, weights_TK, experts_TK
-
-
-@use_experts_implementation
-class UltraMemExperts(nn.Module):
-    """The experts' matrices, gate and up projection in one. transformers may replace `forward` by a grouped product."""
-
-    def __init__(self, config: UltraMemConfig) -> None:
-        super().__init__()
-        self.num_experts, hidden_size, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """[T, H] -> [T, H]: the weighted sum of the chosen experts' outputs."""
-        output_TH = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            tokens, place = (top_k_index == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(hidden_states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            weighted = expert_output * top_k_weights[tokens, place, None]
-            output_TH.index_add_(0, tokens, weighted.to(output_TH.dtype))
-        return output_TH
-
-
-class UltraMemSparseMLP(nn.Module):
-    """Mixture of experts, and an expert for every token where the config has one."""
-
-    def __init__(self, config: UltraMemConfig) -> None:
-        super().__init__()
-        self.gate = UltraMemRouter(config)
-        self.experts = UltraMemExperts(config)
-        width = config.shared_expert_intermediate_size
-        self.shared_expert = UltraMemMLP(config, width) if width else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_TH = x.reshape(-1, x.shape[-1])
-        _, weights_TK, experts_TK = self.gate(x_TH)
-        output = self.experts(x_TH, experts_TK, weights_TK).view(x.shape)
-        return output if self.shared_expert is None else output + self.shared_expert(x)
