@@ -121,10 +121,12 @@ def gradient_traffic(
     """Once a step: (gradients, parameters) over the data-parallel ranks, over those that hold the same shard of
     experts and tables, and of parameters that tensor-parallel ranks or the two ends of the pipeline share."""
     kept = rank_parameters(work, layout, stage)
-    stride = layout.tensor
+    sharded = kept.experts + kept.tables
+    # Megatron has one optimizer for dense parameters and one for the others, and after the step of each gathers all.
+    gathers = 2 if sharded and not layout.overlap_param_gather else 1
     found = {
-        "data": _reduced(layout, links, kept.dense, layout.data * layout.context, stride),
-        "expert_data": _reduced(layout, links, kept.experts + kept.tables, layout.expert_data, layout.expert_group),
+        "data": _reduced(layout, links, kept.dense, layout.data * layout.context, layout.tensor, gathers),
+        "expert_data": _reduced(layout, links, sharded, layout.expert_data, layout.expert_group, gathers),
     }
     shared = 0
     if layout.sequence_parallel:
@@ -233,12 +235,14 @@ def _memory(layout: Layout, layer: Layer) -> tuple[Transfer, Transfer]:
     return forward, Transfer(float(e.backward_bytes), e.messages / 2, seconds * (1 - share))
 
 
-def _reduced(layout: Layout, links: Links, parameters: int, ranks: int, stride: int) -> tuple[Transfer, Transfer]:
-    """(gradients, parameters): reduce-scatter in fp32 and all-gather, or one all-reduce."""
+def _reduced(
+    layout: Layout, links: Links, parameters: int, ranks: int, stride: int, gathers: int
+) -> tuple[Transfer, Transfer]:
+    """(gradients, parameters): reduce-scatter in fp32 and all-gathers, or one all-reduce."""
     gradients = 4 * parameters * _others(ranks)
     if not layout.distributed_optimizer:
         return links.ring(2 * gradients, ranks, stride, 2), Transfer()
     return (
         links.ring(gradients, ranks, stride),
-        links.ring(layout.element * parameters * _others(ranks), ranks, stride),
+        links.ring(gathers * layout.element * parameters * _others(ranks), ranks, stride, gathers),
     )
