@@ -1,4 +1,4 @@
-"""`ultramem train|generate|convert|config|plan|doctor`: parses, calls, prints.
+"""`ultramem train|generate|preflight|convert|config|plan|doctor`: parses, calls, prints.
 
 Imports are inside the commands: `--help` must not wait for torch and Megatron.
 """
@@ -121,6 +121,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(plan)
     _add_plan(plan)
     plan.set_defaults(run=_plan)
+
+    preflight = commands.add_parser(
+        "preflight",
+        help="measure every rank, link and folder of a job, and name the host that stands out",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measures what a run with these settings would use: GPUs, process groups, clocks, folders.\n"
+        "Start it with the ranks of the run. Ends with status 1 if something is wrong. " + settings,
+        epilog="example:\n  torchrun --nproc-per-node 8 -m megatron_ultramem preflight --config my.yaml",
+    )
+    _add_config(preflight)
+    _add_ranks(preflight)
+    preflight.add_argument(
+        "--tolerance", type=float, default=0.15, help="by which a rate may fall short of the median (default 0.15)"
+    )
+    preflight.add_argument(
+        "--max-clock-skew", type=float, default=1.0, help="seconds that a host's clock may be off (default 1)"
+    )
+    preflight.add_argument("--json", type=Path, help="write all measurements to this file")
+    preflight.set_defaults(run=_preflight)
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what it changes")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
@@ -269,6 +288,23 @@ def _plan(args: argparse.Namespace) -> None:
     from megatron_ultramem.planning.command import run_plan
 
     run_plan(args)
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from megatron_ultramem.config import load_config
+    from megatron_ultramem.errors import ConfigError
+
+    config = load_config(args.config, args.overrides)
+    if not 0 < args.tolerance < 1 or args.max_clock_skew <= 0:
+        raise ConfigError("--tolerance: legal: between 0 and 1; --max-clock-skew: above 0")
+    from megatron_ultramem.platform import prepare
+
+    prepare(config.train.device)
+    from megatron_ultramem.preflight.command import Options, preflight
+    from megatron_ultramem.preflight.verdict import Limits
+
+    limits = Limits(tolerance=args.tolerance, clock_skew_s=args.max_clock_skew)
+    return preflight(config, Options(limits), args.json)
 
 
 def _doctor(args: argparse.Namespace) -> None:

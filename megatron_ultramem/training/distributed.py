@@ -27,16 +27,20 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
 
     Raises ConfigError before any group exists if the layout does not fit the number of ranks.
     """
-    world_size = world_size_from_environment()
-    validate_world(config, world_size)
+    create_process_group(config, platform)
+    check_same_config(config)
+    initialize_model_parallel(config)
+
+
+def create_process_group(config: Config, platform: Platform) -> None:
+    """Torch's default group alone; raises ConfigError before if the layout does not fit the number of ranks."""
+    validate_world(config, world_size_from_environment())
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     alone: dict[str, Any] = (
         {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     )
     # Without device_id: torch would then create a communicator for every one of Megatron's groups, used or not.
     torch.distributed.init_process_group(platform.backend, timeout=timeout, **alone)
-    check_same_config(config)
-    initialize_model_parallel(config)
 
 
 def initialize_model_parallel(config: Config) -> None:
