@@ -32,6 +32,7 @@ from megatron_ultramem.training.requests import hold_back_stop_signal
 from megatron_ultramem.training.setup import Run, set_up
 from megatron_ultramem.training.spans import OPTIMIZER
 from megatron_ultramem.training.step import forward_backward
+from megatron_ultramem.training.stragglers import FILE as RANK_TIMES
 from megatron_ultramem.training.stragglers import Stragglers
 from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
 
@@ -55,16 +56,17 @@ def train(config: Config) -> int:
 
 def _train(run: Run, log: RankLog) -> int:
     config, position, requests = run.config, run.position, run.requests
+    run_dir = Path(config.train.run_dir)
     last_step = config.train.steps
     if config.train.exit_after_steps is not None:
         last_step = min(last_step, position.step + config.train.exit_after_steps)
     if run.is_main:
-        save_config(config, Path(config.train.run_dir) / "config.yaml")
+        save_config(config, run_dir / "config.yaml")
     logger = MetricsLogger(config, start_step=position.step, enabled=run.is_main)
     progress = Progress(config.train.steps, position.step, enabled=run.is_main, live=config.logging.progress)
     clock = _throughput(run)
     probe = MemoryHealthProbe(run.model)
-    stragglers = Stragglers(run.spans, run.platform.device)
+    stragglers = Stragglers(run.spans, run.platform.device, run_dir / RANK_TIMES if run.is_main else None)
     profiler = _profiler(run)
     with progress, closing(logger), closing(profiler):
         progress.message(_opening(run))
@@ -85,7 +87,7 @@ def _train(run: Run, log: RankLog) -> int:
                 metrics |= clock.read() | stragglers.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
                 metrics |= moe_metrics(run, batch_size.get_num_microbatches())
             if config.logging.straggler_interval and _due(step, config.logging.straggler_interval, last_step):
-                progress.message(f"step {step}: {stragglers.report()}")
+                progress.message(f"step {step}: {stragglers.report(step)}")
             if health_due:
                 clock.pause()
                 metrics |= _memory_health(probe)

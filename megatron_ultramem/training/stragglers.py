@@ -7,15 +7,19 @@ With tensor parallelism the ranks of a group go in step within those passes too:
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_ultramem.errors import TrainingError
 from megatron_ultramem.training.spans import DATA, EXCHANGE, GRAD_SYNC, OPTIMIZER, STEP, Spans
 
 _FORWARD, _BACKWARD, _SCHEDULE = "forward-compute", "backward-compute", "forward-backward"  # Megatron's names
+FILE = "rank_times.jsonl"
 PARTS = ("step", "own", "data", "forward", "backward", "exchange", "bubble", "grad_sync", "optimizer")
 
 
@@ -36,8 +40,9 @@ def parts_of_step(seconds: Mapping[str, float]) -> dict[str, float]:
 class Stragglers:
     """Gathers the times of all ranks. Every method is a collective call."""
 
-    def __init__(self, spans: Spans, device: torch.device) -> None:
-        self._spans, self._device = spans, device
+    def __init__(self, spans: Spans, device: torch.device, file: Path | None = None) -> None:
+        """file: where reports leave the times of every rank, a JSON line each (on one rank)."""
+        self._spans, self._device, self._file = spans, device, file
         ranks = dist.get_world_size()
         self._hosts: list[str] = [""] * ranks
         dist.all_gather_object(self._hosts, socket.gethostname())
@@ -66,14 +71,15 @@ class Stragglers:
             "rank_time/slowest_rank": float(own_R.argmax()),
         }
 
-    def report(self) -> str:
-        """Names the slowest rank of the steps since the last report."""
+    def report(self, step: int) -> str:
+        """Names the slowest rank of the steps since the last report; raises TrainingError if `file` cannot be written."""
         self.read()
         if not self._steps:
             return "slowest rank: no step was measured yet"
         times_RP, steps = self._total_RP / self._steps, self._steps
         self._steps = 0
         self._total_RP.zero_()
+        self._write(step, steps, times_RP)
         own_R = times_RP[:, PARTS.index("own")]
         rank, median = int(own_R.argmax()), float(own_R.quantile(0.5))
         slowest = dict(zip(PARTS, times_RP[rank].tolist(), strict=True))
@@ -82,3 +88,13 @@ class Stragglers:
             f"{slowest['own']:.4g} s of its own a step (data {slowest['data']:.2g} s); median {median:.4g} s "
             f"({slowest['own'] / median - 1:+.0%})"
         )
+
+    def _write(self, step: int, steps: int, times_RP: torch.Tensor) -> None:
+        if self._file is None:
+            return
+        parts = {f"{name}_s": times_R.tolist() for name, times_R in zip(PARTS, times_RP.T, strict=True)}
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "steps": steps, "host": self._hosts, **parts}) + "\n")
+        except OSError as error:
+            raise TrainingError(f"cannot write the times of ranks, {self._file}: {error}") from error

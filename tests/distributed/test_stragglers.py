@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,12 +34,24 @@ def measure(overrides: list[str], slow_rank: int | None = None, where: str = "fo
                 return read(position)
 
             run.train_data[0]._read = slow_read  # type: ignore[method-assign]
-    stragglers = Stragglers(run.spans, run.platform.device)
+    file = Path(run.config.train.run_dir) / f"times_{torch.distributed.get_rank()}.jsonl"
+    stragglers = Stragglers(run.spans, run.platform.device, file)
     for _ in range(STEPS):
         with run.spans.step():
             train_step(run)
     metrics = stragglers.read()
-    return metrics, stragglers.report()
+    report = stragglers.report(STEPS)
+    (line,) = file.read_text().splitlines()
+    file.unlink()
+    written = json.loads(line)
+    assert (written["step"], written["steps"], len(written["host"])) == (STEPS, STEPS - 1, run_ranks())
+    assert max(written["own_s"]) == pytest.approx(metrics["rank_time/most_s"])
+    assert sum(written["data_s"]) / run_ranks() == pytest.approx(metrics["time/data_s"])
+    return metrics, report
+
+
+def run_ranks() -> int:
+    return torch.distributed.get_world_size()
 
 
 @pytest.mark.parametrize("where", ["forward", "data"])

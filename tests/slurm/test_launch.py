@@ -109,6 +109,28 @@ def test_the_batch_scripts_pass_settings_on_as_they_are(
     assert not list(tmp_path.glob("*pwned*"))
 
 
+def test_a_failed_preflight_ends_the_job_before_it_trains(tmp_path: Path) -> None:
+    for name in ("srun", "scontrol"):
+        recorder(tmp_path, name, "node-1")
+    with (tmp_path / "srun").open("a") as script:
+        script.write('[[ " $* " != *" preflight "* ]]\n')
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node-1",
+        "SLURM_CPUS_ON_NODE": "16",
+        "ULTRAMEM_RANKS_PER_NODE": "2",
+    }
+    command = ["bash", str(SCRIPTS / "train.sbatch"), "my.yaml"]
+    for preflight, status, ran in (("1", 1, "preflight"), ("0", 0, "train")):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=variables | {"ULTRAMEM_PREFLIGHT": preflight}
+        )
+        assert done.returncode == status, done.stderr
+        assert recorded(tmp_path, "srun")[-3:] == [ran, "--config", "my.yaml"]
+
+
 def test_a_dry_run_checks_and_shows_but_writes_nothing(tmp_path: Path) -> None:
     launch = write_launch(tmp_path, str(tmp_path / "run"), options={"exclusive": True, "qos": "high"})
     command = [sys.executable, str(ROOT / "tools" / "launch_slurm.py"), str(launch), "--dry-run"]
