@@ -72,7 +72,7 @@ class Stragglers:
         }
 
     def report(self, step: int) -> str:
-        """Names the slowest rank of the steps since the last report; raises TrainingError if `file` cannot be written."""
+        """Names the slowest rank of the steps since the last report. Raises TrainingError if `file` is not writable."""
         self.read()
         if not self._steps:
             return "slowest rank: no step was measured yet"
