@@ -15,7 +15,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from torch.distributed import TCPStore
+
 TIMEOUT = 240.0  # seconds for one job
+GRACE = 60.0  # for a rank when another has failed
 
 
 class JobFailed(AssertionError):
@@ -27,35 +30,39 @@ class WorkerPool:
     before, each of its ranks prints where it is."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
-        self._timeout = timeout
-        context = multiprocessing.get_context("spawn")
+        self._size, self._timeout = size, timeout
         self._workers: list[tuple[Any, Connection]] = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            # Not daemons: checkpoint writers start processes of their own.
-            process = context.Process(target=_serve, args=(theirs, rank, 0.9 * timeout))
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+        self._start()
 
     def run(self, ranks: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Results of `job(*args, **kwargs)` on `ranks` ranks; raises JobFailed with the first rank's traceback."""
-        port = str(free_port())
+        """Results of `job(*args, **kwargs)` on `ranks` ranks; raises JobFailed with the tracebacks of those that failed
+        (the next job gets new processes if some did not answer)."""
+        # As torchrun does: a rank that bound a port found free before could find it taken by another test run.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self._workers[:ranks]):
             environment = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
             }
             pipe.send((environment, job, args, kwargs))
-        answers = []
-        for rank, (_, pipe) in enumerate(self._workers[:ranks]):
-            if not pipe.poll(self._timeout):
-                self.close(kill=True)
-                raise JobFailed(f"rank {rank} did not answer within {self._timeout:.0f} s")
-            answers.append(pipe.recv())
+        answers: list[tuple[bool, Any]] = []
+        silent = False
+        for _, pipe in self._workers[:ranks]:
+            # Once a rank has failed, the others may wait for it for ever.
+            patience = self._timeout if all(ok for ok, _ in answers) else GRACE
+            if pipe.poll(patience):
+                answers.append(pipe.recv())
+            else:
+                answers.append((False, f"did not answer within {patience:.0f} s"))
+                silent = True
+        if silent:
+            self.close(kill=True)
+            self._start()
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failed:
             raise JobFailed("\n".join(failed))
@@ -67,6 +74,17 @@ class WorkerPool:
                 process.kill()
             pipe.close()
             process.join(10)
+        self._workers = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self._size):
+            ours, theirs = context.Pipe()
+            # Not daemons: checkpoint writers start processes of their own.
+            process = context.Process(target=_serve, args=(theirs, rank, 0.9 * self._timeout))
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
 
 
 def free_port() -> int:
