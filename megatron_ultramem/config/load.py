@@ -181,9 +181,9 @@ def _check_ranges(config: Any) -> None:
 def legal_values(field: dataclasses.Field[Any]) -> str:
     """What a setting accepts, in words."""
     limits = field.metadata
-    if limits["choices"]:
-        return ", ".join(limits["choices"])
     text = str(field.type)
+    if limits["choices"]:
+        return ", ".join(limits["choices"]) + (" or null" if "Optional" in text else "")
     kind = (
         "list"
         if text.startswith("list")

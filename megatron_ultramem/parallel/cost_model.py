@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the config package checks its settings with this module: im
 
 SECTOR_BYTES = 64  # narrower column shards waste what an H100 reads
 # Messages of a forward and a backward; for rows the exchange of sizes, and the host's wait for it, count as two.
-ROWS_MESSAGES, COLUMNS_MESSAGES = 6, 8
+ROWS_MESSAGES, COLUMNS_MESSAGES, COLUMNS_MESSAGES_WITHOUT_DOTS = 6, 8, 5
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def estimates(config: Config) -> list[Estimate]:
         return messages * p.exchange_latency_us + links / 1e3
 
     columns = columns_bytes(w, ranks, 0, tokens)
+    by_columns = COLUMNS_MESSAGES if w.pre_value_dim else COLUMNS_MESSAGES_WITHOUT_DOTS
     moved, queries = _by_rows(config, ranks)
     static = p.exchange_capacity is not None
     found = [
@@ -107,9 +108,9 @@ def estimates(config: Config) -> list[Estimate]:
             ranks,
             ranks,
             *columns,
-            time(sum(columns), near, COLUMNS_MESSAGES),
+            time(sum(columns), near, by_columns),
             _columns_problem(config, ranks),
-            COLUMNS_MESSAGES,
+            by_columns,
         ),
     ]
     share = two_level_columns(config)
@@ -118,10 +119,10 @@ def estimates(config: Config) -> list[Estimate]:
         across, queries = _by_rows(config, nodes)
         # A rank gets as many queries as it makes.
         within = columns_bytes(replace(w, blocks=1), share, 0, round(queries))
-        total = time(sum(across), 0.0, ROWS_MESSAGES) + time(sum(within), 1.0, COLUMNS_MESSAGES + 1)
+        total = time(sum(across), 0.0, ROWS_MESSAGES) + time(sum(within), 1.0, by_columns + 1)
         problem = _rows_problem(config, nodes) or _columns_problem(config, share)
         received = across[0] + within[0], across[1] + within[1]
-        messages = ROWS_MESSAGES + COLUMNS_MESSAGES + 1
+        messages = ROWS_MESSAGES + by_columns + 1
         found.append(Estimate("two_level", ranks, share, *received, total, problem, messages, queries / tokens, static))
     return found
 

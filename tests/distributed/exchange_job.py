@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
 from megatron_ultramem.memory.geometry import Pool, plan_pools
+from megatron_ultramem.memory.kinds import num_cores, pre_value_dim
 from megatron_ultramem.memory.lookup import run_lookup
 from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.parallel.traffic import Capacity
@@ -25,7 +26,7 @@ class Case:
 
     placement: str
     tokens: tuple[int, ...]
-    hits: str = "random"  # or 'one_row', 'first_half'
+    hits: str = "random"  # or 'one_row', 'first_half', 'gaps': some places are of no row
     capacity: float | None = None
     dtype: torch.dtype = torch.float64
     memory: dict[str, Any] = field(default_factory=dict)
@@ -45,21 +46,23 @@ class Case:
         g = torch.Generator().manual_seed(1)
         rows = self.pool.padded_rows
         values = torch.randn(rows, self.config.value_dim, generator=g, dtype=torch.float64)
-        return values.to(self.dtype), torch.randn(rows, self.config.pre_value_dim, generator=g, dtype=torch.float64).to(
-            self.dtype
-        )
+        pre_values = torch.randn(rows, pre_value_dim(self.config), generator=g, dtype=torch.float64)
+        return values.to(self.dtype), pre_values.to(self.dtype)
 
     def inputs(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Indices, scores, pre-inputs and the gradient of the pooled values of one rank's tokens."""
         g = torch.Generator().manual_seed(100 + rank)
         T, c = self.tokens[rank], self.config
-        rows = {"random": self.pool.rows, "one_row": 1, "first_half": self.pool.padded_rows // 2}[self.hits]
+        rows = {"one_row": 1, "first_half": self.pool.padded_rows // 2}.get(self.hits, self.pool.rows)
         indices = torch.randint(0, rows, (T, c.top_m), generator=g) + (7 if self.hits == "one_row" else 0)
+        if self.hits == "gaps":  # the last places of a token, and for some tokens all
+            rows_of_token = torch.randint(0, c.top_m + 1, (T, 1), generator=g)
+            indices = indices.masked_fill(torch.arange(c.top_m) >= rows_of_token, -1)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-        scores, pre_input = random(T, c.top_m, c.num_cores), random(T, c.pre_value_dim)
+        scores, pre_input = random(T, c.top_m, num_cores(c)), random(T, pre_value_dim(c))
         scores_dtype = torch.promote_types(self.dtype, torch.float32)
         return indices, scores.to(scores_dtype), pre_input.to(self.dtype), random(T, c.value_dim).to(self.dtype)
 

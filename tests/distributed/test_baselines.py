@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.checkpoint_job import train_and_save
 from tests.distributed.layout_job import assert_trains_like, train_job
+from tests.distributed.test_memory_parallel import step_traffic
 from tests.distributed.workers import WorkerPool
 
 STEPS = 3
@@ -111,6 +112,19 @@ def test_training_equals_one_rank(
         numbers for key, *_, numbers in expected["grads"] if ("pools" in key or "memory" in key) and "_mean" not in key
     ]
     assert memory and all(np.abs(numbers).max() > 0 for numbers in memory)
+
+
+@pytest.mark.parametrize(
+    "kind", ["ultramem", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("memory_plus", "pkm", "peer"))]
+)
+def test_a_step_moves_what_the_planner_says(pool: WorkerPool, small_run: list[str], kind: str) -> None:
+    lookups = (4 if kind == "memory_plus" else 2) * 8 // 2  # layers x samples of a rank in a step
+    settings = [*small_run, *KINDS[kind], P2, "model.memory.rows_multiple=16"]  # no padding, which is never looked up
+    for result in pool.run(2, step_traffic, [*settings, COLUMNS]):
+        assert result["received"] == tuple(lookups * moved for moved in result["columns"])
+    for result in pool.run(2, step_traffic, [*settings, ROWS]):
+        for moved, expected in zip(result["received"], result["rows"], strict=True):
+            assert moved == pytest.approx(lookups * expected, rel=0.15)  # the planner takes rows as evenly used
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultramem.memory.lookup import lookup
+from megatron_ultramem.memory.kinds import num_cores, pre_value_dim
+from megatron_ultramem.memory.lookup import LocalLookup, lookup_backend, run_lookup
 from megatron_ultramem.parallel.routing import RowOwners
 from megatron_ultramem.parallel.traffic import Capacity, Widths, columns_bytes, rows_bytes
 from tests.distributed.exchange_job import Case, exchange_job
 from tests.distributed.workers import WorkerPool
 
 FUSED = {"kernels": "fused"}  # on a CPU: the kernels' references
+PLAIN_VALUES, EXPANDED = {"kind": "memory_plus"}, {"kind": "ultramem"}
 RING = {"sharing": "ring", "share_size": 2, "num_keys": 6, "rows_multiple": 8}
 CASES = {
     "rows": Case("rows", (6, 6)),
@@ -29,6 +31,9 @@ CASES = {
     "rows-4-ranks-window": Case("rows", (6, 1, 0, 9), memory=RING, layers=4),
     "rows-fp32": Case("rows", (16, 16), dtype=torch.float32),
     "rows-bf16": Case("rows", (16, 11), dtype=torch.bfloat16),
+    "rows-without-pre-values": Case("rows", (6, 5), memory=PLAIN_VALUES),
+    "rows-gaps": Case("rows", (6, 5), "gaps", memory=EXPANDED),
+    "rows-static-gaps-overflow": Case("rows", (9, 8), "gaps", capacity=0.5, memory=EXPANDED),
     "rows-static": Case("rows", (6, 6), capacity=2.0),
     "rows-static-overflow": Case("rows", (6, 6), capacity=0.5),
     "rows-static-one-row": Case("rows", (6, 6), "one_row", capacity=1.0),
@@ -46,6 +51,9 @@ CASES = {
     "columns-4-ranks": Case("columns", (6, 1, 0, 9)),
     "columns-4-ranks-more-cores-than-ranks": Case("columns", (3, 4, 5, 2), memory={"num_cores": 8}),
     "columns-3-ranks-share-2-cores": Case("columns", (4, 2, 5), memory={"value_dim": 12, "pre_value_dim": 9}),
+    "columns-without-pre-values": Case("columns", (6, 5), memory=PLAIN_VALUES),
+    "columns-gaps": Case("columns", (6, 5), "gaps", memory=EXPANDED),
+    "columns-gaps-fused": Case("columns", (6, 5), "gaps", memory=FUSED | EXPANDED, dtype=torch.float32),
     "columns-fp32": Case("columns", (16, 16), dtype=torch.float32),
     "columns-bf16": Case("columns", (16, 11), dtype=torch.bfloat16),
     "rows-fused": Case("rows", (6, 1, 0, 9), memory=FUSED, dtype=torch.float32),
@@ -56,6 +64,8 @@ CASES = {
     ),
     "two_level-fused": Case("two_level", (6, 1, 0, 9), memory=FUSED, dtype=torch.float32),
     "two_level": Case("two_level", (6, 1, 0, 9)),
+    "two_level-without-pre-values": Case("two_level", (6, 1, 0, 9), memory=PLAIN_VALUES),
+    "two_level-gaps": Case("two_level", (6, 1, 0, 9), "gaps", memory=EXPANDED),
     "two_level-window": Case("two_level", (3, 3, 3, 3), memory=RING, layers=4),
     "two_level-static-overflow": Case("two_level", (6, 5, 0, 4), "first_half", capacity=0.7),
 }
@@ -66,12 +76,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}
 def whole(case: Case) -> dict[str, Any]:
     """The same lookups on whole tables: per-rank results, and the tables' gradients summed over ranks."""
     tables = [torch.nn.Parameter(table.double()) for table in case.tables()]
+    path = LocalLookup(lookup_backend("reference", torch.device("cpu")), case.config.activation, padded=True)
     found: dict[str, Any] = {"pooled": [], "scores": [], "pre_input": []}
     for rank in range(len(case.tokens)):
         indices, scores, pre_input, grad = (x if x.dtype == torch.int64 else x.double() for x in case.inputs(rank))
         scores.requires_grad_()
         pre_input.requires_grad_()
-        pooled = lookup(indices, scores, pre_input, *tables, case.config.activation)
+        pooled = run_lookup(path, indices, scores, pre_input, *tables)
         pooled.backward(grad)
         found["pooled"].append(pooled.detach())
         found["scores"].append(scores.grad)
@@ -144,14 +155,14 @@ def test_bytes_of_static_rows_equal_the_formula_for_the_capacity(pool: WorkerPoo
 
 def widths(case: Case) -> Widths:
     c = case.config
-    return Widths(c.top_m * c.num_heads, c.num_cores, c.value_dim, c.pre_value_dim, case.dtype.itemsize)
+    return Widths(c.top_m * c.num_heads, num_cores(c), c.value_dim, pre_value_dim(c), case.dtype.itemsize)
 
 
 def demands(case: Case, rank: int, owners: RowOwners) -> list[tuple[int, int]]:
     """(queries, entries) that a rank sends to every rank, counted one by one."""
     counted = [(0, 0)] * owners.ranks
     for row_of_token in case.inputs(rank)[0].tolist():
-        wanted = [index // owners.block_rows % owners.ranks for index in row_of_token]
+        wanted = [index // owners.block_rows % owners.ranks for index in row_of_token if index >= 0]
         for owner in set(wanted):
             queries, entries = counted[owner]
             counted[owner] = queries + 1, entries + wanted.count(owner)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ultramem.memory.health import memory_health
 from megatron_ultramem.memory.product_keys import best_pairs
 from tests.memory.test_memory_layer import gradients
 
@@ -293,3 +294,19 @@ def test_the_kernels_references_equal_the_layer(model_of, tokens, case: str) -> 
     for name, value in expected.items():
         if value is not None:
             torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=lambda t, name=name: f"{name}: {t}")
+
+
+@pytest.mark.parametrize("case", ["ultramem", "memory_plus", "pkm", "peer"])
+def test_health_measures_what_the_kind_has(model_of, tokens, case: str) -> None:
+    layer, x = model_of(case, dtype=torch.float32).layers[0], tokens(40)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    found = memory_health(layer, x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())  # nothing was counted
+    rows, scores = layer.retrieve(x)
+    used = layer.physical(rows).unique()
+    assert found["rows_touched"] == pytest.approx(len(used) / 100) and 0 < found["rows_touched"] <= 1
+    assert ("tucker_singular_values" in found) == (case == "ultramem")
+    assert ("pre_values_rms" in found) == (case == "peer")
+    if case != "ultramem":
+        assert found["top_m_score"].item() == pytest.approx(1 / layer.config.top_m)  # after a softmax
+    torch.testing.assert_close(found["output_std"], layer.output(x, rows, scores).std())
