@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.training.preprocess import preprocess
+from tests.distributed.layout_job import STEPS, train_job
 from tests.distributed.workers import WorkerPool
 
 
@@ -67,3 +69,16 @@ def small_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
         "logging.tensorboard=false",
         f"train.run_dir={tmp_path_factory.mktemp('runs')}",
     ]
+
+
+@pytest.fixture(scope="session")
+def one_rank(pool: WorkerPool, small_run: list[str]) -> Callable[[list[str]], dict[str, Any]]:
+    """What `train_job` gives on one rank for settings on top of `small_run`; computed once for each."""
+    cache: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def reference(settings: list[str]) -> dict[str, Any]:
+        if tuple(settings) not in cache:
+            (cache[tuple(settings)],) = pool.run(1, train_job, [*small_run, *settings], STEPS, True)
+        return cache[tuple(settings)]
+
+    return reference

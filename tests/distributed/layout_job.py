@@ -15,6 +15,7 @@ from megatron_ultramem.training.checkpoint_state import model_state
 from megatron_ultramem.training.loop import evaluate, train_step
 from megatron_ultramem.training.setup import Run, set_up
 
+STEPS = 3  # of the comparisons of layouts
 Shards = list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from tests.distributed.checkpoint_job import train_and_save
-from tests.distributed.layout_job import assert_trains_like, train_job
+from tests.distributed.layout_job import STEPS, assert_trains_like, train_job
 from tests.distributed.test_memory_parallel import step_traffic
 from tests.distributed.workers import WorkerPool
 
-STEPS = 3
 P2 = "parallel.memory_parallel_size=2"
 ROWS, COLUMNS = "parallel.memory_placement=rows", "parallel.memory_placement=columns"
 TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
@@ -88,25 +87,13 @@ CASES = [pytest.param(*case, id="-".join(case)) for case in FAST]
 CASES += [pytest.param(*case, id="-".join(case), marks=pytest.mark.slow) for case in SLOW]
 
 
-@pytest.fixture(scope="module")
-def one_rank(pool: WorkerPool, small_run: list[str]) -> Callable[[str], dict]:
-    cache: dict[str, dict] = {}
-
-    def reference(kind: str) -> dict:
-        if kind not in cache:
-            (cache[kind],) = pool.run(1, train_job, small_run + KINDS[kind], STEPS, True)
-        return cache[kind]
-
-    return reference
-
-
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_training_equals_one_rank(
-    pool: WorkerPool, small_run: list[str], one_rank: Callable[[str], dict], kind: str, layout: str
+    pool: WorkerPool, small_run: list[str], one_rank: Callable[[list[str]], dict], kind: str, layout: str
 ) -> None:
     ranks, overrides = LAYOUTS[layout]
     results = pool.run(ranks, train_job, small_run + KINDS[kind] + overrides, STEPS, True)
-    expected = one_rank(kind)
+    expected = one_rank(KINDS[kind])
     assert_trains_like(expected, results)
     memory = [
         numbers for key, *_, numbers in expected["grads"] if ("pools" in key or "memory" in key) and "_mean" not in key

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.layout_job import assert_trains_like, train_job
+from tests.distributed.layout_job import STEPS, assert_trains_like, train_job
 from tests.distributed.workers import WorkerPool
 
-STEPS = 3
 TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
 PLAIN = "parallel.distributed_optimizer=false"
 INTERLEAVED = [PP2, "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true"]
@@ -90,23 +89,11 @@ CASES += [("moe", layout) for layout in ("ep2", "ep2_tp2", "tp2")]
 CASES += [("olmoe", "tp2")]
 
 
-@pytest.fixture(scope="module")
-def one_rank(pool: WorkerPool, small_run: list[str]) -> dict[str, dict]:
-    cache: dict[str, dict] = {}
-
-    def reference(model: str) -> dict:
-        if model not in cache:
-            (cache[model],) = pool.run(1, train_job, small_run + MODELS[model], STEPS, True)
-        return cache[model]
-
-    return reference
-
-
 @pytest.mark.parametrize(("model", "layout"), [pytest.param(*case, id="-".join(case)) for case in CASES])
 def test_training_equals_one_rank(
     pool: WorkerPool, small_run: list[str], one_rank, tmp_path: Path, model: str, layout: str
 ) -> None:
-    expected = one_rank(model)
+    expected = one_rank(MODELS[model])
     ranks, overrides = LAYOUTS[layout]
     results = pool.run(ranks, train_job, small_run + MODELS[model] + overrides, STEPS, True)
     assert_trains_like(expected, results)

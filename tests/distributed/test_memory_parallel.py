@@ -16,10 +16,9 @@ from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.parallel.traffic import columns_bytes, expected_rows_bytes
 from megatron_ultramem.training.loop import train_step
 from megatron_ultramem.training.setup import set_up
-from tests.distributed.layout_job import assert_trains_like, train_job
+from tests.distributed.layout_job import STEPS, assert_trains_like, train_job
 from tests.distributed.workers import WorkerPool
 
-STEPS = 3
 P2, P4 = "parallel.memory_parallel_size=2", "parallel.memory_parallel_size=4"
 ROWS, COLUMNS = "parallel.memory_placement=rows", "parallel.memory_placement=columns"
 TWO_LEVEL = [P4, "parallel.memory_placement=two_level", "parallel.memory_columns=2"]
@@ -99,29 +98,17 @@ CASES = [pytest.param(*case, *layout, id="-".join(case)) for case, layout in FAS
 CASES += [pytest.param(*case, *layout, id="-".join(case), marks=pytest.mark.slow) for case, layout in SLOW.items()]
 
 
-@pytest.fixture(scope="module")
-def one_rank(pool: WorkerPool, small_run: list[str]) -> Callable[[str], dict]:
-    cache: dict[str, dict] = {}
-
-    def reference(model: str) -> dict:
-        if model not in cache:
-            (cache[model],) = pool.run(1, train_job, small_run + MODELS[model], STEPS, True)
-        return cache[model]
-
-    return reference
-
-
 @pytest.mark.parametrize(("model", "layout", "ranks", "settings"), CASES)
 def test_training_equals_one_rank(
     pool: WorkerPool,
     small_run: list[str],
-    one_rank: Callable[[str], dict],
+    one_rank: Callable[[list[str]], dict],
     model: str,
     layout: str,
     ranks: int,
     settings: list[str],
 ) -> None:
-    expected = one_rank(model)
+    expected = one_rank(MODELS[model])
     results = pool.run(ranks, train_job, small_run + MODELS[model] + settings, STEPS, True)
     assert_trains_like(expected, results)
 

@@ -9,10 +9,9 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.training.loop import train_step
 from megatron_ultramem.training.moe_metrics import moe_metrics
 from megatron_ultramem.training.setup import set_up
-from tests.distributed.layout_job import assert_trains_like, train_job
+from tests.distributed.layout_job import STEPS, assert_trains_like, train_job
 from tests.distributed.workers import WorkerPool
 
-STEPS = 3
 TP2, PP2, EP2 = (f"parallel.{name}_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
 BASE = [
     "model.memory.layers=none",
@@ -57,23 +56,11 @@ CASES = [pytest.param(*case, id="-".join(case)) for case in FAST]
 CASES += [pytest.param(*case, id="-".join(case), marks=pytest.mark.slow) for case in SLOW]
 
 
-@pytest.fixture(scope="module")
-def one_rank(pool: WorkerPool, small_run: list[str]):
-    cache: dict[str, dict] = {}
-
-    def reference(model: str) -> dict:
-        if model not in cache:
-            (cache[model],) = pool.run(1, train_job, small_run + MODELS[model], STEPS, True)
-        return cache[model]
-
-    return reference
-
-
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_training_equals_one_rank(pool: WorkerPool, small_run: list[str], one_rank, model: str, layout: str) -> None:
     ranks, overrides = LAYOUTS[layout]
     results = pool.run(ranks, train_job, small_run + MODELS[model] + overrides, STEPS, True)
-    assert_trains_like(one_rank(model), results)
+    assert_trains_like(one_rank(MODELS[model]), results)
 
 
 def recorded_losses(overrides: list[str], steps: int) -> list[dict[str, float]]:

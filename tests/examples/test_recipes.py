@@ -98,7 +98,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Config], torch.
     destroy_distributed()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("moe_") else name for name in RECIPES]
+)
 def test_the_planner_counts_what_megatron_builds(name: str, built) -> None:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
