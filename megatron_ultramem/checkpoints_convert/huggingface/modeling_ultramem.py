@@ -21,16 +21,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_ultramem import UltraMemConfig
-from .ultramem_blocks import (
-    UltraMemAttention,
-    UltraMemMLP,
-    UltraMemRMSNorm,
-    UltraMemRotaryEmbedding,
-)
+from .ultramem_blocks import UltraMemAttention, UltraMemMLP, UltraMemRMSNorm, UltraMemRotaryEmbedding
 from .ultramem_common import Fp32Buffers  # noqa: F401 (some releases copy the files that this one imports, no others)
 from .ultramem_experts import UltraMemExperts, UltraMemRouter, UltraMemSparseMLP
 from .ultramem_lookup import UltraMemValuePool
-from .ultramem_memory import UltraMemMemory, join_block, memory_layer, value_pools
+from .ultramem_memory import Lookup, UltraMemMemory, memory_layer, value_pools
 from .ultramem_product_keys import UltraMemProductKeys, UltraMemQueryNorm
 from .ultramem_retrieval import UltraMemTuckerRetrieval
 
@@ -38,14 +33,14 @@ from .ultramem_retrieval import UltraMemTuckerRetrieval
 class UltraMemDecoderLayer(GradientCheckpointingLayer):
     """Attention, then FFN(x) + memory(x) of the same normalised input x; the FFN, or the memory, may be absent."""
 
-    def __init__(self, config: UltraMemConfig, layer_idx: int, pools: list[UltraMemValuePool]) -> None:
+    def __init__(self, config: UltraMemConfig, layer_idx: int) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
         self.self_attn = UltraMemAttention(config, layer_idx)
         self.input_layernorm = UltraMemRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = UltraMemRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.memory = memory_layer(config, layer_idx, pools)
-        self.joins_later = join_block(config, layer_idx) > layer_idx
+        self.memory = memory_layer(config, layer_idx)
+        self.joins_later = (config.memory_layer(layer_idx) or {}).get("join", layer_idx) > layer_idx
         self.mlp: UltraMemMLP | UltraMemSparseMLP | None = None
         if self.memory is None or not config.memory["replaces_ffn"]:
             sparse = config.mlp_layer_types[layer_idx] == "sparse"
@@ -55,6 +50,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         joining: torch.Tensor | None,
+        lookup: Lookup | None,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
@@ -62,8 +58,8 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, H] to the same.
 
-        `joining` is the output of memory layers of earlier blocks that is added here. What this block's memory layer
-        gives to a later block is returned beside the hidden states.
+        `joining` is the output of memory layers of earlier blocks that is added here, `lookup` looks up in the pool of
+        this block's memory layer. What that gives to a later block is returned beside the hidden states.
         """
         attention, _ = self.self_attn(
             self.input_layernorm(hidden_states),
@@ -77,7 +73,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         parts = [] if self.mlp is None else [self.mlp(x)]
         later = None
         if self.memory is not None:
-            memory = self.memory(x.reshape(-1, x.shape[-1])).view(x.shape)
+            memory = self.memory(x.reshape(-1, x.shape[-1]), lookup).view(x.shape)
             if self.joins_later:
                 later = memory
             else:
@@ -156,12 +152,12 @@ class UltraMemModel(UltraMemPreTrainedModel):
     def __init__(self, config: UltraMemConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        pools = value_pools(config)
-        self.layers = nn.ModuleList(UltraMemDecoderLayer(config, i, pools) for i in range(config.num_hidden_layers))
-        self.pools = nn.ModuleList(pools)
+        self.layers = nn.ModuleList(UltraMemDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.pools = nn.ModuleList(value_pools(config))
         self.norm = UltraMemRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = UltraMemRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.memory_entries = [config.memory_layer(layer) for layer in range(config.num_hidden_layers)]
         self.post_init()
 
     @merge_with_config_defaults
@@ -196,10 +192,12 @@ class UltraMemModel(UltraMemPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = F.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
         joining: dict[int, torch.Tensor] = {}  # outputs of memory layers on their way to a later block
-        for number, layer in enumerate(self.layers):
+        for number, (layer, entry) in enumerate(zip(self.layers, self.memory_entries, strict=True)):
             hidden_states, later = layer(
                 hidden_states,
                 joining.pop(number, None),
+                # The call, not the module: what places modules on devices would move a module among the arguments.
+                None if entry is None else self.pools[entry["pool"]].__call__,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -207,8 +205,8 @@ class UltraMemModel(UltraMemPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-            if later is not None:
-                block = join_block(self.config, number)
+            if entry is not None and later is not None:
+                block = entry["join"]
                 joining[block] = joining[block] + later.to(joining[block].device) if block in joining else later
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 

@@ -1,11 +1,12 @@
 """The memory layers: what a block adds beside, or instead of, its FFN.
 
 Each reads the normalised FFN input x [T, h] and finds rows in a value pool, which several layers may share. The pool is
-a child of the model, not of the layers, so that it is saved and moved once.
+a child of the model, not of the layers, so that it is saved and moved once; a layer is given what looks up in it.
 
 Shapes: T tokens, M rows per token, B blocks of virtual values, C cores.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .ultramem_lookup import UltraMemValuePool
 from .ultramem_product_keys import UltraMemProductKeys
 from .ultramem_retrieval import UltraMemTuckerRetrieval
 
+# Rows [T, M], scores [T, M, B, C] and, for pools with pre-values, their inputs [T, D] to pooled values [T, B*V].
+Lookup = Callable[..., torch.Tensor]
 TUCKER_KINDS = ("ultramem_v2", "ultramem")
 
 
@@ -36,7 +39,7 @@ def value_pools(config: UltraMemConfig) -> list[UltraMemValuePool]:
     ]
 
 
-def memory_layer(config: UltraMemConfig, layer: int, pools: list[UltraMemValuePool]) -> "UltraMemMemory | None":
+def memory_layer(config: UltraMemConfig, layer: int) -> "UltraMemMemory | None":
     """The memory layer that reads the FFN input of block `layer`, or None."""
     entry = config.memory_layer(layer)
     if entry is None:
@@ -48,27 +51,20 @@ def memory_layer(config: UltraMemConfig, layer: int, pools: list[UltraMemValuePo
         "pkm": ProductKeyMemory,
         "peer": ProductKeyMemory,
     }[config.memory["kind"]]
-    return layer_class(config, entry, pools[entry["pool"]])
-
-
-def join_block(config: UltraMemConfig, layer: int) -> int:
-    """The block in which the output of the memory layer that reads in block `layer` is added."""
-    entry = config.memory_layer(layer)
-    return layer if entry is None else entry.get("join", layer)
+    return layer_class(config, entry)
 
 
 class UltraMemMemory(nn.Module):
-    """What the kinds have in common: queries, their retrieval, the permutation of rows and the pool.
+    """What the kinds have in common: queries, their retrieval and the permutation of rows.
 
     `permutation` is saved with the model: torch does not promise to draw the same one from a seed for ever.
     """
 
     permutation: torch.Tensor | None
 
-    def __init__(self, config: UltraMemConfig, entry: dict[str, Any], pool: UltraMemValuePool) -> None:
+    def __init__(self, config: UltraMemConfig, entry: dict[str, Any]) -> None:
         super().__init__()
         memory = config.memory
-        self._pool = (pool,)  # in a tuple: nn.Module would register it
         self.rows, self.row_offset = memory["pools"][entry["pool"]]["rows"], entry["row_offset"]
         keys_per_side = entry["keys_per_side"]
         self.retrieval: UltraMemTuckerRetrieval | UltraMemProductKeys
@@ -84,10 +80,6 @@ class UltraMemMemory(nn.Module):
             permutation = torch.empty(virtual_rows, dtype=dtype)
         self.register_buffer("permutation", permutation)
 
-    @property
-    def pool(self) -> UltraMemValuePool:
-        return self._pool[0]
-
     def retrieve(self, x_TH: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Row numbers modulo `rows` [T, M] and scores, [T, M, C] or [T, M]."""
         query_TQ = self.query_proj(x_TH)
@@ -98,51 +90,54 @@ class UltraMemMemory(nn.Module):
 class UltraMemV2Memory(UltraMemMemory):
     """UltraMemV2 (arXiv 2508.18756): o = W_v^T ( V^T ( (P x') * s ) ), x' = W_p x."""
 
-    def __init__(self, config: UltraMemConfig, entry: dict[str, Any], pool: UltraMemValuePool) -> None:
-        super().__init__(config, entry, pool)
+    def __init__(self, config: UltraMemConfig, entry: dict[str, Any]) -> None:
+        super().__init__(config, entry)
         memory, hidden_size = config.memory, config.hidden_size
         self.pre_value_proj = nn.Linear(hidden_size, memory["pre_value_dim"], bias=False)
         self.value_proj = nn.Linear(memory["value_dim"], hidden_size, bias=False)
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, lookup: Lookup) -> torch.Tensor:
         rows_TM, scores_TMC = self.retrieve(x_TH, self.rows)
-        return self.value_proj(self.pool(rows_TM, scores_TMC.unsqueeze(2), self.pre_value_proj(x_TH)))
+        return self.value_proj(lookup(rows_TM, scores_TMC.unsqueeze(2), self.pre_value_proj(x_TH)))
 
 
 class UltraMemV1Memory(UltraMemMemory):
     """UltraMem (arXiv 2411.12364): B virtual blocks over one physical table, each with its part of the projection."""
 
-    def __init__(self, config: UltraMemConfig, entry: dict[str, Any], pool: UltraMemValuePool) -> None:
-        super().__init__(config, entry, pool)
+    def __init__(self, config: UltraMemConfig, entry: dict[str, Any]) -> None:
+        super().__init__(config, entry)
         self.blocks = config.memory["value_expansion"]
         self.value_proj = nn.Linear(self.blocks * config.memory["value_dim"], config.hidden_size, bias=False)
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, lookup: Lookup) -> torch.Tensor:
         virtual_TM, scores_TMC = self.retrieve(x_TH, self.blocks * self.rows)
         block_TMB = F.one_hot(virtual_TM.long() // self.rows, self.blocks).to(scores_TMC.dtype)
-        pooled_TV = self.pool(virtual_TM % self.rows, block_TMB.unsqueeze(-1) * scores_TMC.unsqueeze(2))
+        pooled_TV = lookup(virtual_TM % self.rows, block_TMB.unsqueeze(-1) * scores_TMC.unsqueeze(2))
         return self.value_proj(pooled_TV)
 
 
 class MemoryPlusMemory(UltraMemMemory):
     """Memory+ (arXiv 2412.09764): o = W_2 ( (V^T softmax(s)) * silu(W_1 x) )."""
 
-    def __init__(self, config: UltraMemConfig, entry: dict[str, Any], pool: UltraMemValuePool) -> None:
-        super().__init__(config, entry, pool)
+    def __init__(self, config: UltraMemConfig, entry: dict[str, Any]) -> None:
+        super().__init__(config, entry)
         value_dim = config.memory["value_dim"]
         self.gate_proj = nn.Linear(config.hidden_size, value_dim, bias=False)
         self.value_proj = nn.Linear(value_dim, config.hidden_size, bias=False)
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, lookup: Lookup) -> torch.Tensor:
         rows_TM, weights_TM = self.retrieve(x_TH, self.rows)
-        pooled_TV = self.pool(rows_TM, weights_TM[..., None, None])
+        pooled_TV = lookup(rows_TM, weights_TM[..., None, None])
         return self.value_proj(pooled_TV * F.silu(self.gate_proj(x_TH)))
 
 
 class ProductKeyMemory(UltraMemMemory):
     """PKM (arXiv 1907.05242), and PEER (2407.04153), whose pools have pre-values and multiply by gelu(<x, P[row]>)."""
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def __init__(self, config: UltraMemConfig, entry: dict[str, Any]) -> None:
+        super().__init__(config, entry)
+        self.has_pre_values = config.memory["kind"] == "peer"
+
+    def forward(self, x_TH: torch.Tensor, lookup: Lookup) -> torch.Tensor:
         rows_TM, weights_TM = self.retrieve(x_TH, self.rows)
-        pre_input_TH = x_TH if self.pool.pre_values is not None else None
-        return self.pool(rows_TM, weights_TM[..., None, None], pre_input_TH)
+        return lookup(rows_TM, weights_TM[..., None, None], x_TH if self.has_pre_values else None)
