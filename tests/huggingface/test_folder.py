@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,17 +37,6 @@ def load(folder: Path, **options):
 @torch.no_grad()
 def logits_of(model, tokens):
     return model(tokens).logits
-
-
-@pytest.fixture(autouse=True)
-def own_module_cache(monkeypatch, tmp_path_factory):
-    """Remote code is cached and imported from here, not from the user's home."""
-    folder = str(tmp_path_factory.mktemp("modules"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-    yield
-    sys.path[:] = [path for path in sys.path if path != folder]
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize(
