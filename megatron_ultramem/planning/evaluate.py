@@ -51,6 +51,7 @@ class Evaluation:
             "train.micro_batch_size": t.micro_batch_size,
             "train.recompute": t.recompute,
             "model.memory.recompute": self.config.model.memory.recompute,
+            "train.cuda_graphs": t.cuda_graphs,
         }
         if p.virtual_pipeline_stages > 1:
             found["parallel.overlap_p2p"] = p.overlap_p2p
@@ -70,7 +71,7 @@ class Evaluator:
     def __init__(self, config: Config, vocab_size: int, cluster: Cluster) -> None:
         """Raises ConfigError for what is wrong with the config under any layout."""
         self.cluster = cluster
-        validate(dataclasses.replace(config, parallel=ParallelConfig(), model=config.model))
+        validate(dataclasses.replace(config, parallel=ParallelConfig()))
         self.work = Workload(config.model, vocab_size, config.data.sequence_length)
         self.times = TimeModel(self.work, cluster)
         # Planned for GPUs with Transformer Engine and the kernels, unless the config says otherwise.
@@ -131,7 +132,10 @@ def on_cluster(config: Config, cluster: Cluster) -> Config:
 
 
 def with_recompute(config: Config, mode: str) -> Config:
-    """A copy in that recompute mode (sharing what does not differ)."""
+    """A copy in that recompute mode, without CUDA graphs where they do not go with it."""
     _, recompute, memory = next(found for found in RECOMPUTE_MODES if found[0] == mode)
+    graphs = config.train.cuda_graphs if mode in ("none", "selective") else "none"
     model = dataclasses.replace(config.model, memory=dataclasses.replace(config.model.memory, recompute=memory))
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, recompute=recompute))
+    return dataclasses.replace(
+        config, model=model, train=dataclasses.replace(config.train, recompute=recompute, cuda_graphs=graphs)
+    )

@@ -36,7 +36,8 @@ class MemoryFlops:
     value_projection: float  # 2 E Dv h (pkm, peer: none)
     key_scores: float  # row and column: 2 sides * 2 n r Dk H
     coarse_combination: float  # Tucker: S_row u and S_col t: 2 sides * 2 n r H
-    exact_scores: float  # Tucker: S_row[i] C_c S_col[j] on k x k pairs: H c (2 k r^2 + 2 k^2 r) + H (c - 1) k^2;
+    exact_scores: float  # Tucker: S_row[i] (sum of cores) S_col[j] on k x k pairs, each core at the m selected ones:
+    # H (2 k r^2 + 2 k^2 r) + H c m (2 r^2 + 2 r);
     # product keys: a sum for each of the pairs that can be among the best
     lookup: float  # (P x') and V^T: H m (2 Dp + 2 Dv)
 
@@ -127,8 +128,8 @@ def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -
 def _memory_layer_flops(memory: MemoryConfig, hidden: int, keys_per_side: int) -> MemoryFlops:
     kind, heads, k = kind_of(memory), memory.num_heads, coarse_k(memory, keys_per_side)
     rank, cores = (memory.tucker_rank, memory.num_cores) if kind.tucker else (1, 1)
-    per_core = 2 * k * rank**2 + 2 * k**2 * rank
-    tucker_pairs, sums = cores * per_core + (cores - 1) * k**2, pair_candidates(k, memory.top_m)
+    at_selected = cores * memory.top_m * (2 * rank**2 + 2 * rank)
+    tucker_pairs, sums = 2 * k * rank**2 + 2 * k**2 * rank + at_selected, pair_candidates(k, memory.top_m)
     return MemoryFlops(
         query_projection=2.0 * hidden * query_width(memory),
         pre_value_projection=2.0 * hidden * pre_value_dim(memory) if kind.tucker else 0.0,

@@ -27,9 +27,11 @@ LARGEST_CLUSTER = 16384
 
 @dataclass
 class Refusals:
-    """Why layouts were not taken: illegal ones by their reason, and the legal one that came closest to fitting."""
+    """Why layouts were not taken: illegal ones by their reason, those for which only the batch is too small apart, and
+    the legal one that came closest to fitting."""
 
     illegal: Counter[str] = field(default_factory=Counter)
+    small_batch: Counter[str] = field(default_factory=Counter)
     closest: tuple[Config, RankMemory] | None = None
 
     def too_large(self, config: Config, memory: RankMemory) -> None:
@@ -70,8 +72,10 @@ def binding_constraint(evaluator: Evaluator, config: Config, found: Found) -> st
     """What keeps every layout from fitting, in words; only where none fits."""
     closest = found.refusals.closest
     if closest is None:
-        reason, count = found.refusals.illegal.most_common(1)[0]
-        return f"no layout is legal: {reason} (and {sum(found.refusals.illegal.values()) - count} other layouts)"
+        refused = found.refusals.small_batch or found.refusals.illegal
+        what = "the global batch binds" if found.refusals.small_batch else "no layout is legal"
+        reason, count = refused.most_common(1)[0]
+        return f"{what}: {reason} (so for {count} layouts, and {refused.total() - count} alike)"
     layout, memory = layout_of(closest[0], found.gpus), closest[1]
     return f"memory binds: the layout that comes closest ({describe(closest[0], layout)}) " + needs(
         memory, evaluator.cluster
@@ -155,10 +159,11 @@ def _placed(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals)
 
 
 def _placements(evaluator: Evaluator, candidate: Config, gpus: int, refusals: Refusals) -> Iterator[Config]:
-    smallest = _with(candidate, micro_batch_size=1)
+    smallest = _with(candidate, micro_batch_size=1, cuda_graphs="none")
     reason = evaluator.problem(smallest, gpus)
     if reason:
-        refusals.illegal[reason] += 1
+        reasons = refusals.small_batch if reason.startswith("train.") else refusals.illegal
+        reasons[reason] += 1
         return
     _, memory = evaluator.memory(with_recompute(smallest, "full"), layout_of(smallest, gpus))
     if not evaluator.fits(memory):  # with less there is nothing to try
@@ -167,7 +172,11 @@ def _placements(evaluator: Evaluator, candidate: Config, gpus: int, refusals: Re
     wanted = [e.placement for e in estimates(candidate) if not e.problem]
     for placement in wanted:
         placed = dataclasses.replace(candidate.parallel, memory_placement=placement)
-        yield dataclasses.replace(candidate, parallel=placed)
+        candidate = dataclasses.replace(candidate, parallel=placed)
+        graphs = candidate.train.cuda_graphs != "none" and not evaluator.problem(
+            _with(candidate, micro_batch_size=1), gpus
+        )
+        yield candidate if graphs else _with(candidate, cuda_graphs="none")
 
 
 def _micro_batches(evaluator: Evaluator, placed: Config, gpus: int, refusals: Refusals) -> Iterator[Config]:

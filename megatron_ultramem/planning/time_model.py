@@ -125,7 +125,7 @@ class TimeModel:
         for layer, count in stage.layers:
             ahead, back = self._block(layout, layer)
             to, fro = self._block_comm(config, layout, links, layer, ahead, back)
-            number = self._launches(layout, layer)
+            number = self._launches(config, layout, layer)
             if full:
                 back, fro = back + ahead, fro + to
                 again += count * number * c.FORWARD_SHARE
@@ -252,11 +252,14 @@ class TimeModel:
 
         return exposed(0, forward), exposed(1, backward)
 
-    def _launches(self, layout: Layout, layer: Layer) -> float:
+    def _launches(self, config: Config, layout: Layout, layer: Layer) -> float:
+        """Forward and backward of one micro-batch."""
         p = layer.parameters
-        number = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0) + (c.MEMORY_LAUNCHES if layer.has_memory else 0)
-        if layer.has_memory:
-            number += c.EXCHANGE_LAUNCHES * layout.placement.messages
+        number = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
+        if layer.has_memory and config.train.cuda_graphs == "memory":
+            number += c.GRAPH_LAUNCHES
+        elif layer.has_memory:
+            number += c.MEMORY_LAUNCHES + c.EXCHANGE_LAUNCHES * layout.placement.messages
         if layer.has_moe:
             number += c.MOE_LAUNCHES + c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
         return number

@@ -1,0 +1,63 @@
+"""Predictions against what runs on GPUs measured (benchmarks/results). Where times are off, the constants of
+planning/calibration.py are; `tools/check_plan.py` measures them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.planning.clusters import load_cluster
+from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster
+from megatron_ultramem.planning.memory import GIB
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "examples" / "configs" / "ultramemv2_227m_1b.yaml"
+
+
+def measured(file: str, case: str) -> dict[str, float]:
+    rows = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["rows"]
+    return {row["metric"]: row["value"] for row in rows if row["case"] == case}
+
+
+def predicted(gpus: int, cluster: str, *settings: str) -> Evaluation:
+    config = on_cluster(load_config(RECIPE, settings), load_cluster(cluster))
+    return Evaluator(config, 50304, load_cluster(cluster)).evaluate(config, gpus)
+
+
+def test_one_h100() -> None:
+    real = measured("training_h100.json", "ultramemv2_227m_1b")
+    plan = predicted(1, "h100", "train.global_batch_size=32")  # 8 micro-batches
+    assert plan.memory.peak / GIB == pytest.approx(real["peak_gib"], rel=0.1)
+    assert plan.time.seconds * 1e3 == pytest.approx(real["step_ms"], rel=0.25)
+    assert plan.time.micro_batch.gpu * 1e3 == pytest.approx(real["gpu_busy_ms"], rel=0.25)
+
+
+def test_tables_too_large_for_one_gpu_on_two_h200() -> None:
+    real = measured("memory_parallel_h200x2.json", "too_large_for_one")
+    plan = predicted(
+        2, "h200", "model.memory.num_keys=1130", "parallel.memory_parallel_size=2", "train.global_batch_size=32",
+        "parallel.memory_placement=columns", "parallel.overlap_exchange=true",
+    )  # fmt: skip
+    assert plan.memory.peak / GIB == pytest.approx(real["peak_gib"], rel=0.1)
+    assert plan.time.seconds * 1e3 == pytest.approx(real["step_ms"], rel=0.25)
+    exchange = plan.layout.placement
+    lookups = 20
+    assert lookups * (exchange.forward_bytes + exchange.backward_bytes) / 1e6 == real["exchange_mb"]
+    assert lookups * exchange.messages == real["exchange_messages"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ktok_per_s"),
+    [
+        (["model.memory.layers=none"], 150.5),
+        (["model.memory.layers=none", "model.moe.layers=all", "model.moe.ffn_hidden_size=384"], 31.8),
+    ],
+    ids=["dense", "moe"],
+)
+def test_dense_and_moe_on_one_h100(settings: list[str], ktok_per_s: float) -> None:
+    """Forward and backward of the same attention with a dense FFN and with 64 experts, as they were first measured."""
+    plan = predicted(1, "h100", "train.global_batch_size=32", *settings)
+    assert 16384 / plan.time.micro_batch.total / 1e3 == pytest.approx(ktok_per_s, rel=0.25)
