@@ -1,6 +1,6 @@
 """CUDA C++ compiled at first use by NVRTC, the compiler library that comes with PyTorch: no nvcc, no headers, no build.
 
-`Module(source, defines, device)` holds one compiled source; `launch` runs one of its kernels on the current stream.
+`Module(source, defines, device)` holds one compiled source; its `kernel(name, signature)` runs on the current stream.
 Machine code is cached on disk by a hash of the source, the options, the GPU and the compiler's version.
 """
 
@@ -10,11 +10,25 @@ import ctypes
 import glob
 import hashlib
 import os
+import struct
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from ultramem_kernels.settings import settings
+
+
+# Names in the sources.
+C_TYPES = {
+    torch.int32: "int",
+    torch.int64: "i64",
+    torch.float32: "float",
+    torch.bfloat16: "half_t",
+    torch.float16: "half_t",
+}
 
 
 class BuildError(RuntimeError):
@@ -49,19 +63,13 @@ def _check(code: int, what: str) -> None:
         raise BuildError(f"{what}: CUDA error {code} ({(text.value or b'unknown').decode()})")
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/ultramem_kernels, by default under ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ultramem_kernels"
-
-
 def compile_source(source: str, options: tuple[str, ...]) -> bytes:
     """Machine code (cubin) of a source, from the cache or freshly compiled."""
     nvrtc = load_compiler()
     version = (ctypes.c_int * 2)()
     nvrtc.nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
     name = hashlib.sha256("\0".join((source, *options, f"{version[0]}.{version[1]}")).encode()).hexdigest()
-    path = cache_folder() / f"{name}.cubin"
+    path = settings.folder() / f"{name}.cubin"
     if path.exists():
         return path.read_bytes()
     program = ctypes.c_void_p()
@@ -89,6 +97,73 @@ def compile_source(source: str, options: tuple[str, ...]) -> bytes:
     return cubin.raw
 
 
+@lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=None)
+def device_supported(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU of compute capability 8.0 or higher."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Its address; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=None)
+def read_source(*paths: Path) -> str:
+    """Texts of the files, with halves.cuh in front."""
+    return "\n".join(path.read_text() for path in (Path(__file__).parent / "halves.cuh", *paths))
+
+
+class Kernel:
+    """One kernel of a compiled source, ready to run.
+
+    `kernel(grid, threads, *arguments)` launches it on the current stream of its device; grid is (x, y). Arguments go by
+    the kernel's signature, one letter each as in `struct`: P pointer (an address, 0 for none), i int, q long long, f float.
+    """
+
+    __slots__ = ("_device", "_function", "_launch", "_name", "_pack", "_size", "_size_at")
+
+    def __init__(self, function: ctypes.c_void_p, name: str, signature: str, device: int) -> None:
+        packer = struct.Struct("@" + signature)
+        self._function, self._name, self._device, self._pack = function, name, device, packer.pack
+        self._size = ctypes.c_size_t(packer.size)
+        self._size_at = ctypes.addressof(self._size)
+        self._launch = _launcher()
+
+    def __call__(self, grid: tuple[int, int], threads: int, *arguments: int) -> None:
+        if torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                return self(grid, threads, *arguments)
+        packed = _Arguments(1, self._pack(*arguments), 2, self._size_at, None)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        code = self._launch(self._function, grid[0], grid[1], 1, threads, 1, 1, 0, stream, None, ctypes.byref(packed))
+        if code:
+            _check(code, f"launching kernel {self._name} on a grid of {grid}")
+
+
+class _Arguments(ctypes.Structure):
+    """CU_LAUNCH_PARAM_BUFFER_POINTER, buffer, CU_LAUNCH_PARAM_BUFFER_SIZE, address of its size, CU_LAUNCH_PARAM_END."""
+
+    _fields_ = [("_1", ctypes.c_void_p), ("buffer", ctypes.c_char_p), ("_2", ctypes.c_void_p),
+                ("size", ctypes.c_void_p), ("_0", ctypes.c_void_p)]  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> Any:
+    launch = _driver().cuLaunchKernel
+    sizes = [ctypes.c_uint] * 7
+    launch.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(_Arguments)]
+    return launch
+
+
 class Module:
     """One compiled source on one device."""
 
@@ -98,40 +173,15 @@ class Module:
         options += [f"-D{name}={value}" for name, value in defines.items()]
         torch.cuda.current_stream(device)  # the primary context exists from here on
         self._module = ctypes.c_void_p()
-        self._kernels: dict[str, ctypes.c_void_p] = {}
+        self._device = torch.cuda.current_device() if device.index is None else device.index
         self._image = compile_source(source, tuple(options))
         with torch.cuda.device(device):
             torch.cuda.synchronize(device) if not torch.cuda.is_current_stream_capturing() else None
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), self._image), "loading a compiled kernel")
 
-    def launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: object) -> None:
-        """Runs kernel `name`. Tensors (or None) go as pointers; ints as (ctype, value) pairs or as C ints."""
-        kernel = self._kernels.get(name)
-        if kernel is None:
-            kernel = ctypes.c_void_p()
-            code = _driver().cuModuleGetFunction(ctypes.byref(kernel), self._module, name.encode())
-            _check(code, f"finding kernel {name}")
-            self._kernels[name] = kernel
-        values = [_c_value(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = _driver().cuLaunchKernel(kernel, grid[0], grid[1], 1, threads, 1, 1, 0, stream, pointers, None)
-        if code:
-            _check(code, f"launching kernel {name} on a grid of {grid}")
-
-
-def long(value: int) -> ctypes.c_longlong:
-    """An argument of C type long long."""
-    return ctypes.c_longlong(value)
-
-
-def _c_value(argument: object) -> ctypes._SimpleCData:
-    if argument is None:
-        return ctypes.c_void_p(0)
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_int(argument)
-    if isinstance(argument, ctypes._SimpleCData):
-        return argument
-    raise TypeError(f"a kernel argument of type {type(argument).__name__}")
+    def kernel(self, name: str, signature: str) -> Kernel:
+        """The kernel `name`; `signature` as in `Kernel`."""
+        function = ctypes.c_void_p()
+        code = _driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+        _check(code, f"finding kernel {name}")
+        return Kernel(function, name, signature, self._device)

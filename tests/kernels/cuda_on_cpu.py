@@ -9,8 +9,8 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +18,14 @@ COMPILER = shutil.which("g++")
 # What the functions made of PTX instructions mean in C++ (bf16 only).
 PLAIN = {
     "pack": "return (unsigned)round_to_bf16(low) | (unsigned)round_to_bf16(high) << 16;",
-    "load_row": "return *(const uint4*)from;",
+    "copy16": "*to = real ? *(const uint4*)from : make_uint4(0, 0, 0, 0);",
+    "end_of_stage": "",
+    "await_oldest_stage": "",
+    "add4": "atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);",
+    "keep_policy": "return 0;",
+    "load_kept": "return *(const uint2*)from;",
     "load_stream": "return *(const float4*)from;",
     "store_stream": "*(float4*)to = v;",
-    "narrow": "\n#if WIDE\nreturn x;\n#else\nreturn round_to_bf16(x);\n#endif\n",
 }
 
 
@@ -35,8 +39,6 @@ def _with_plain_functions(source: str) -> str:
             depth += {"{": 1, "}": -1}.get(source[end], 0)
             end += 1
         source = source[: match.end()] + body + source[end - 1 :]
-    source = re.sub(r'asm volatile\("ld\.global\.nc\.L2::cache_hint[^\n]*\n', "v = *(const uint2*)from;\n", source)
-    source = re.sub(r'asm volatile\("createpolicy[^\n]*\n', "keep = 0;\n", source)
     return re.sub(r"#pragma unroll[^\n]*", "", source)
 
 
@@ -64,14 +66,14 @@ class Emulated:
         subprocess.run([str(COMPILER), *options, "-o", str(library), str(path)], check=True)
         self._library = ctypes.CDLL(str(library))
 
-    def launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
-        values = []
-        for parameter, value in zip(self._parameters[name], arguments, strict=True):
-            if "*" in parameter:
-                values.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
-            elif parameter.startswith("i64"):
-                values.append(value)  # the launcher must have said that it is long
-                assert isinstance(value, ctypes.c_longlong), parameter
-            else:
-                values.append(ctypes.c_int(value))
-        getattr(self._library, f"run_{name}")(*grid, threads, *values)
+    def kernel(self, name: str, signature: str) -> Callable[..., None]:
+        """As nvrtc.Module; the signature must be that of the source."""
+        letters = "".join("P" if "*" in p else "q" if p.startswith("i64") else "i" for p in self._parameters[name])
+        assert signature == letters, f"{name} takes {letters}"
+        types = [{"P": ctypes.c_void_p, "q": ctypes.c_longlong, "i": ctypes.c_int}[letter] for letter in letters]
+        function = getattr(self._library, f"run_{name}")
+
+        def run(grid: tuple[int, int], threads: int, *arguments: int) -> None:
+            function(*grid, threads, *(kind(value) for kind, value in zip(types, arguments, strict=True)))
+
+        return run

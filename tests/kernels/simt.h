@@ -2,6 +2,7 @@
 // blocks one after the other. For tests of logic, not of speed.
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -85,6 +86,17 @@ static unsigned __ballot_sync(unsigned, bool mine) {
         return all;
     });
 }
+template <typename T>
+static unsigned __match_any_sync(unsigned, T mine) {
+    return collective(mine, [=](auto of) {
+        unsigned equal = 0;
+        for (int lane = 0; lane < 32; lane++) equal |= (unsigned)(of(lane) == mine) << lane;
+        return equal;
+    });
+}
+template <typename T>
+static void atomicAdd(T* to, T x) { std::atomic_ref<T>(*to).fetch_add(x); }
+static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
 static int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 static float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 from cuda_on_cpu import COMPILER, Emulated
 from kernel_helpers import relative_error
 from ultramem_kernels.lookup import cuda as lookup_cuda
-from ultramem_kernels.lookup import reference as lookup_reference
-from ultramem_kernels.lookup.table_gradients import sort_entries
+from ultramem_kernels.lookup import cuda_gradients, reference
+from ultramem_kernels.lookup.table_gradients import add_by_reference, sort_entries
 from ultramem_kernels.retrieval import cuda as retrieval_cuda
 from ultramem_kernels.retrieval import reference as retrieval_reference
 
@@ -20,60 +18,128 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(Emulated, "folder", tmp_path, raising=False)
-    monkeypatch.setattr(
-        lookup_cuda, "_module", lambda name, device, **d: Emulated(lookup_cuda._source(name), d, device)
-    )
-    monkeypatch.setattr(
-        retrieval_cuda, "_module", lambda name, device, **d: Emulated(retrieval_cuda._source(name), d, device)
-    )
-    one = types.SimpleNamespace(multi_processor_count=1)  # one multiprocessor: blocks walk over several tokens
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: one)
+    for module, source in (
+        (lookup_cuda, lookup_cuda.source),
+        (cuda_gradients, lookup_cuda.source),
+        (retrieval_cuda, retrieval_cuda.source),
+    ):
+
+        def emulated(name, device, defines, source=source):
+            return Emulated(source(name), defines, device)
+
+        monkeypatch.setattr(module, "make_module", emulated)
+    monkeypatch.setattr(lookup_cuda, "_plans", {})
+    monkeypatch.setattr(cuda_gradients, "_sorts", {})
+    monkeypatch.setattr(cuda_gradients, "_segments", {})
+    monkeypatch.setattr(retrieval_cuda, "_kernels", {})
+    monkeypatch.setattr(lookup_cuda, "multiprocessors", lambda device: 1)  # blocks walk over several tokens
 
 
+def table(rows: int, width: int) -> torch.Tensor:
+    return torch.randn(rows, width).bfloat16()
+
+
+MODES = ["both", "dots", "sum"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "shape",
     [
-        (5, 7, 50, 72, 48, 3),
+        (9, 7, 50, 72, 48, 3),
         pytest.param((19, 33, 40, 192, 192, 2), marks=pytest.mark.slow),
-        pytest.param((2, 32, 64, 256, 768, 2), marks=pytest.mark.slow),
+        pytest.param((3, 70, 64, 256, 768, 2), marks=pytest.mark.slow),
         pytest.param((1, 1, 4, 16, 16, 1), marks=pytest.mark.slow),
+        pytest.param((40, 32, 100, 96, 96, 1), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_lookup_by_token_equals_the_reference(shape):
+def test_lookup_by_token_equals_the_reference(shape, mode):
     T, M, N, P, V, C = shape
     indices = torch.randint(-3, N + 3, (T, M), dtype=torch.int32)  # some outside the shard
-    scores, x, grad = torch.randn(T, M, C), torch.randn(T, P).bfloat16(), torch.randn(T, V).bfloat16()
-    values, pre_values = torch.randn(N, V).bfloat16(), torch.randn(N, P).bfloat16()
-    options = {"activation": "gelu", "padding_index": 2}
-    got = lookup_cuda.forward(indices, scores, x, values, pre_values, **options)
-    wanted = lookup_reference.lookup(indices, scores, x, values, pre_values, **options)
+    weights, x, grad_out = torch.randn(T, M, C), torch.randn(T, P).bfloat16(), torch.randn(T, V).bfloat16()
+    values, pre_values, grad_dots = table(N, V), table(N, P), None
+    place = {"row_start": 0, "padding_index": 2, "core_width": V // C, "column_start": 0}
+    activation = "gelu" if mode == "both" else "none"
+    if mode == "dots":
+        values = weights = grad_out = None
+        grad_dots = torch.randn(T, M).bfloat16()
+        wanted = reference.pre_value_dot(indices, x, pre_values, 0, 2)
+    elif mode == "sum":
+        pre_values = x = None
+        weights = weights.bfloat16()
+        wanted = reference.weighted_sum(indices, weights, values, V // C, 0, 0, 2)
+    else:
+        wanted = reference.lookup(indices, weights, x, values, pre_values, "gelu", 0, 2)
+    options = {"activation": activation, "blocks": lookup_cuda.Blocks(2, 3, 2), **place}
+    got = lookup_cuda.forward(indices, weights, x, values, pre_values, **options)
     assert relative_error(got, wanted) < 1e-3
-    results = lookup_cuda.backward_by_token(indices, scores, x, values, pre_values, grad, **options)
-    expected = lookup_reference.backward_by_token(
-        indices, scores, x, values, pre_values, grad, core_width=V // C, **options
+    grad = grad_out if grad_out is not None else grad_dots
+    expected = reference.backward_by_token(
+        indices, weights, x, values, pre_values, grad, activation=activation, **place
     )
-    exists = lookup_reference.local_rows(indices, N, 0, 2)[1].unsqueeze(-1)
-    assert relative_error(results[0], expected[0]) < 1e-3
-    assert relative_error(results[1], expected[1]) < 1e-5
-    assert relative_error(results[2], expected[2]) < 1e-5
-    assert relative_error(results[3] * exists, expected[3] * exists) < 1e-5
+    exists = reference.local_rows(indices, N, 0, 2)[1]
+    for atomic in (False, True):
+        buffers = [None if t is None else torch.ones(t.shape) for t in (values, pre_values)]
+        results = lookup_cuda.backward_by_token(
+            indices, weights, x, values, pre_values, grad_out, grad_dots, atomic=atomic,
+            grad_values_NV=buffers[0], grad_pre_values_NP=buffers[1], **options,
+        )  # fmt: skip
+        for got, wanted in zip(results[:2], expected[:2], strict=True):
+            assert (got is None) == (wanted is None)
+            assert got is None or relative_error(got, wanted) < 2e-3
+        if not atomic:
+            for got, wanted in zip(results[2:], expected[2:], strict=True):
+                mask = None if got is None else exists.view(*exists.shape, *(1,) * (got.dim() - 2))
+                assert got is None or relative_error(got * mask, wanted * mask) < 1e-5
+            continue
+        assert results[2:] == (None, None)
+        wanted_buffers = [None if t is None else torch.ones(t.shape) for t in (values, pre_values)]
+        add_by_reference(
+            indices, (wanted_buffers[1], x, expected[2]), (wanted_buffers[0], grad_out, expected[3]), V // C, 0, 0, 2
+        )
+        assert all(w is None or relative_error(b, w) < 1e-5 for b, w in zip(buffers, wanted_buffers, strict=True))
 
 
-@pytest.mark.parametrize("rows", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 60, 5000))])
-def test_segments_equal_the_reference(rows):
+@pytest.mark.parametrize(
+    "shape", [(300, 15, 2**20), pytest.param((1, 1, 1), marks=pytest.mark.slow), (7, 3, 200)], ids=str
+)
+def test_the_sort_is_stable_and_puts_missing_rows_last(shape):
+    T, M, rows = shape
+    indices = torch.randint(-rows // 8, rows + rows // 8, (T, M), dtype=torch.int64)
+    indices[: T // 2] = indices[:1]  # many entries of a few rows
+    for options in ({}, {"row_start": rows // 4, "padding_index": int(indices[-1, -1])}):
+        wanted_rows, wanted_order = sort_entries(indices, rows, **options)
+        got_rows, got_order = cuda_gradients.sort_entries(indices, rows, **options)
+        real = (wanted_rows >= 0) & (wanted_rows < rows)
+        assert torch.equal(got_rows[: real.sum()].long(), wanted_rows[real])
+        assert torch.equal(got_order[: real.sum()].long(), wanted_order[real])
+        assert (got_rows[real.sum() :] == rows).all()
+
+
+@pytest.mark.parametrize("tables", ["both", "pre_values", "values"])
+@pytest.mark.parametrize("span", [4, 32])
+@pytest.mark.parametrize("rows", [3, 60, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 20, 5000))])
+def test_segments_equal_the_reference(rows, span, tables):
+    if rows == 60 and (span, tables) != (4, "both"):
+        pytest.skip("covered by the other sizes")
     T, M, P, V, C = 45, 32, 16, 48, 2
-    indices = torch.randint(0, rows, (T, M), dtype=torch.int32)
+    indices = torch.randint(0, rows + 2, (T, M), dtype=torch.int32)
     indices[4:9] = rows // 2
+    indices[20:, :5] = rows // 3
     x, grad = torch.randn(T, P).bfloat16(), torch.randn(T, V).bfloat16()
     d_dots, weights = torch.randn(T, M), torch.randn(T, M, C)
-    got = torch.ones(rows, P), torch.ones(rows, V)
-    wanted = torch.ones(rows, P), torch.ones(rows, V)
-    sorted_rows, order = sort_entries(indices, rows)
-    lookup_cuda.add_segments_(sorted_rows, order, M, (got[0], x, d_dots), (got[1], grad, weights), V // C)
-    local, exists = lookup_reference.local_rows(indices, rows)
-    lookup_reference.add_rows_(wanted[0], local, exists, d_dots.unsqueeze(-1), x, P)
-    lookup_reference.add_rows_(wanted[1], local, exists, weights, grad, V // C)
+    sorted_rows, order = (t.int() for t in sort_entries(indices, rows))
+    local, exists = reference.local_rows(indices, rows)
+    got, wanted = ((torch.ones(rows, P), torch.ones(rows, V)) for _ in range(2))
+    cuda_gradients.add_segments_(
+        sorted_rows, order, M, (got[0], x, d_dots) if tables != "values" else None,
+        (got[1], grad, weights) if tables != "pre_values" else None, V // C, spans=cuda_gradients.Spans(span, 2, 2),
+    )  # fmt: skip
+    if tables != "values":
+        reference.add_rows_(wanted[0], local, exists, d_dots.unsqueeze(-1), x, P)
+    if tables != "pre_values":
+        reference.add_rows_(wanted[1], local, exists, weights, grad, V // C)
     assert relative_error(got[0], wanted[0]) < 1e-5 and relative_error(got[1], wanted[1]) < 1e-5
 
 

@@ -1,215 +1,352 @@
-// The lookup by token: forward pass, and the backward pass but for the tables' gradients. One warp per token at a time.
+// The lookup by token: forward pass and backward pass, for both tables or for one of them. One warp per token at a time.
+//
+// Rows come through shared memory by asynchronous copies, STAGES steps of ROWS rows ahead of the arithmetic and beyond the
+// end of a token, so that neither registers nor the start of a token limit the bytes in flight. A lane reads back only what
+// it asked for itself: no barrier is needed.
+//
+// Compile-time constants besides those of common.cuh:
+//   G          lanes that share one row (4, 8, 16 or 32): a warp reads 32/G rows at a time, 16 bytes a lane
+//   WARPS      per block
+//   STAGES     steps in flight
+//   BLOCKS     per multiprocessor at least: bounds the registers
+//   ATOMIC     the backward adds the tables' gradients itself (else it leaves the factors that segments.cu needs)
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-lookup_forward(const INDEX* indices, const float* weights, const half_t* pre_input, const half_t* pre_values,
-               const half_t* values, half_t* out, int T, int M, i64 row_start, i64 rows, i64 padding, int core_width,
-               int column_start) {
-    const i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (token >= T) return;
-    const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
-    float x[NP][8], sum[NV][8];
-    int core[NV];
+#define NP ((P + 8 * G - 1) / (8 * G))
+#define NV ((V + 8 * G - 1) / (8 * G))
+#define SOME(n) ((n) > 0 ? (n) : 1)
+#define ROWS (32 / G)
+
+__device__ __forceinline__ void copy16(uint4* to, const half_t* from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned int)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(real ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+__device__ __forceinline__ void await_oldest_stage() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+}
+
+__device__ __forceinline__ void add4(float* to, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
+    atomicAdd((float4*)to, make_float4(a, b, c, d));
+#else
+    atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);
+#endif
+}
+
+__device__ __forceinline__ float sum_over_row(float x) {
 #pragma unroll
-    for (int j = 0; j < NP; j++) {
-        const int column = (j * G + part) * 8;
-        uint4 packed = make_uint4(0, 0, 0, 0);
-        if (column < P) packed = *(const uint4*)(pre_input + token * P + column);
-        unpack(packed, x[j]);
+    for (int distance = G / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(FULL, x, distance);
+    return x;
+}
+
+__device__ __forceinline__ float activate(float dot) {
+#if GELU
+    return 0.5f * dot * (1.0f + erff(dot * 0.7071067811865476f));
+#else
+    return dot;
+#endif
+}
+
+__device__ __forceinline__ float activation_slope(float dot) {
+#if GELU
+    return 0.5f * (1.0f + erff(dot * 0.7071067811865476f)) + dot * 0.3989422804014327f * expf(-0.5f * dot * dot);
+#else
+    return 1.0f;
+#endif
+}
+
+// The rows of this warp's tokens, in the order of their use: token, token + stride, ..., each with its M entries.
+struct Feed {
+    uint4* slots;  // this thread's, of every stage and chunk
+    const INDEX* indices;
+    const half_t *pre_values, *values;
+    i64 token, stride, row_start, padding;
+    int T, M, rows, first, step, row, next_row, stage;
+
+    // Lane's row among the 32 entries from `entry` on of a token.
+    __device__ __forceinline__ int row_at(i64 of_token, int entry) const {
+        const int lane = threadIdx.x % 32;
+        if (of_token >= T || entry + lane >= M) return -1;
+        return local_row(indices, of_token * M + entry + lane, row_start, rows, padding);
     }
-#pragma unroll
-    for (int j = 0; j < NV; j++) {
-        core[j] = ((j * G + part) * 8 + column_start) / core_width;
-#pragma unroll
-        for (int e = 0; e < 8; e++) sum[j][e] = 0.0f;
+
+    __device__ __forceinline__ int row_after_this() const {
+        return first + 32 < M ? row_at(token, first + 32) : row_at(token + stride, 0);
     }
-    for (int first = 0; first < M; first += 32) {
-        const int count = min(32, M - first);
-        const i64 entry = token * M + first + lane;
-        const i64 local = local_row(indices, entry, lane < count, row_start, rows, padding);
-        float weight[C];
+
+    __device__ __forceinline__ void start() {
+        first = step = stage = 0;
+        row = row_at(token, 0);
+        next_row = row_after_this();
 #pragma unroll
-        for (int c = 0; c < C; c++) weight[c] = local >= 0 ? weights[entry * C + c] : 0.0f;
-        for (int step = 0; step < count; step += ROWS * UNROLL) {
-            uint4 p[UNROLL][NP], v[UNROLL][NV];
+        for (int s = 0; s < STAGES; s++) ask();
+    }
+
+    // Asks for the next ROWS rows, into the stage that was used longest ago.
+    __device__ __forceinline__ void ask() {
+        if (token < T) {
+            const int lane = threadIdx.x % 32, part = lane % G;
+            const int mine = __shfl_sync(FULL, row, step + lane / G);
+            uint4* to = slots + stage * (NP + NV) * 32 * WARPS;
 #pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                const i64 row = __shfl_sync(FULL, local, (step + u * ROWS + group) & 31);
-                const bool live = row >= 0 && step + u * ROWS < 32;
-#pragma unroll
-                for (int j = 0; j < NP; j++) {
-                    const int column = (j * G + part) * 8;
-                    p[u][j] = make_uint4(0, 0, 0, 0);
-                    if (live && column < P) p[u][j] = load_row(pre_values + row * P + column);
-                }
-#pragma unroll
-                for (int j = 0; j < NV; j++) {
-                    const int column = (j * G + part) * 8;
-                    v[u][j] = make_uint4(0, 0, 0, 0);
-                    if (live && column < V) v[u][j] = load_row(values + row * V + column);
-                }
+            for (int j = 0; j < NP; j++) {
+                const int column = (j * G + part) * 8;
+                const bool real = mine >= 0 && column < P;
+                copy16(to + j * 32 * WARPS, pre_values + (real ? (i64)mine * P + column : 0), real);
             }
 #pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                float dot = 0.0f, wide[8];
+            for (int j = 0; j < NV; j++) {
+                const int column = (j * G + part) * 8;
+                const bool real = mine >= 0 && column < V;
+                copy16(to + (NP + j) * 32 * WARPS, values + (real ? (i64)mine * V + column : 0), real);
+            }
+            step += ROWS;
+            if (step >= 32 || first + step >= M) {
+                row = next_row, step = 0, first += 32;
+                if (first >= M) first = 0, token += stride;
+                next_row = row_after_this();
+            }
+        }
+        end_of_stage();
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+
+    // The stage that comes next, once its rows are there; `ask` fills it again.
+    __device__ __forceinline__ const uint4* await() const {
+        await_oldest_stage();
+        return slots + stage * (NP + NV) * 32 * WARPS;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const half_t* pre_values,
+               const half_t* values, half_t* out, float* dots, int T, int M, i64 row_start, i64 rows, i64 padding,
+               int core_width, int column_start) {
+    __shared__ uint4 slots[STAGES][NP + NV][32 * WARPS];
+    const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
+    const i64 stride = (i64)gridDim.x * WARPS;
+    i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
+    if (token >= T) return;
+    Feed feed = {&slots[0][0][threadIdx.x], indices, pre_values, values, token, stride, row_start, padding, T, M, (int)rows};
+    feed.start();
+    int core[SOME(NV)];
+#pragma unroll
+    for (int j = 0; j < NV; j++) core[j] = ((j * G + part) * 8 + column_start) / core_width;
+    for (; token < T; token += stride) {
+        uint4 x[SOME(NP)];
+        float sum[SOME(NV)][8];
+#pragma unroll
+        for (int j = 0; j < NP; j++) {
+            const int column = (j * G + part) * 8;
+            x[j] = make_uint4(0, 0, 0, 0);
+            if (column < P) x[j] = *(const uint4*)(pre_input + token * P + column);
+        }
+#pragma unroll
+        for (int j = 0; j < NV; j++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum[j][e] = 0.0f;
+        }
+        for (int first = 0; first < M; first += 32) {
+            const int count = min(32, M - first);
+            const i64 entry = token * M + first + lane;
+            float weight[C], my_dot = 0.0f;
+#pragma unroll
+            for (int c = 0; c < C; c++) weight[c] = V > 0 && lane < count ? widen(weights[entry * C + c]) : 0.0f;
+            for (int step = 0; step < count; step += ROWS) {
+                const uint4* at = feed.await();
+                float dot = 0.0f, wide[8], other[8], factor[C];
 #pragma unroll
                 for (int j = 0; j < NP; j++) {
-                    unpack(p[u][j], wide);
+                    unpack(at[j * 32 * WARPS], wide);
+                    unpack(x[j], other);
 #pragma unroll
-                    for (int e = 0; e < 8; e++) dot += wide[e] * x[j][e];
+                    for (int e = 0; e < 8; e++) dot += wide[e] * other[e];
                 }
-                const float active = activate(sum_over_row(dot));
-                float factor[C];
+                dot = sum_over_row(dot);
+                if (V == 0) {
+                    const float kept = __shfl_sync(FULL, dot, ((lane - step) & (ROWS - 1)) * G);
+                    if (lane >= step && lane < step + ROWS) my_dot = kept;
+                }
+                const float active = P > 0 ? activate(dot) : 1.0f;
 #pragma unroll
-                for (int c = 0; c < C; c++)
-                    factor[c] = active * __shfl_sync(FULL, weight[c], (step + u * ROWS + group) & 31);
+                for (int c = 0; c < C; c++) factor[c] = active * __shfl_sync(FULL, weight[c], step + group);
 #pragma unroll
                 for (int j = 0; j < NV; j++) {
                     float here = factor[0];
 #pragma unroll
                     for (int c = 1; c < C; c++) here = core[j] >= c ? factor[c] : here;
-                    unpack(v[u][j], wide);
+                    unpack(at[(NP + j) * 32 * WARPS], wide);
 #pragma unroll
                     for (int e = 0; e < 8; e++) sum[j][e] += here * wide[e];
                 }
+                feed.ask();
             }
+            if (V == 0 && lane < count) dots[entry] = my_dot;
         }
-    }
 #pragma unroll
-    for (int j = 0; j < NV; j++) {
+        for (int j = 0; j < NV; j++) {
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
+            for (int e = 0; e < 8; e++) {
 #pragma unroll
-            for (int distance = 16; distance >= G; distance /= 2)
-                sum[j][e] += __shfl_xor_sync(FULL, sum[j][e], distance);
+                for (int distance = 16; distance >= G; distance /= 2)
+                    sum[j][e] += __shfl_xor_sync(FULL, sum[j][e], distance);
+            }
+            const int column = (j * G + part) * 8;
+            if (group == 0 && column < V) *(uint4*)(out + token * V + column) = pack8(sum[j]);
         }
-        const int column = (j * G + part) * 8;
-        if (group == 0 && column < V) *(uint4*)(out + token * V + column) = pack8(sum[j]);
     }
 }
 
-// Blocks per multiprocessor that the compiler leaves registers for; fewer or more were slower (NOTES.md).
-#define BACKWARD_BLOCKS 5
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS)
-lookup_backward(const INDEX* indices, const float* scores, const half_t* pre_input, const half_t* pre_values,
-                const half_t* values, const half_t* grad_out, half_t* grad_pre_input, float* grad_scores,
-                float* d_dots, float* final_weights, int T, int M, i64 row_start, i64 rows, i64 padding,
-                int core_width, int column_start) {
+// `weights` are scores where P > 0, else final weights. `grad_out` [T, V]; without values `grad_dots` [T, M]. With ATOMIC
+// either table's gradient may be null: not wanted.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const half_t* pre_values,
+                const half_t* values, const half_t* grad_out, const DOT* grad_dots, half_t* grad_pre_input,
+                WEIGHT* grad_weights, float* d_dots, float* final_weights, float* grad_pre_values, float* grad_values,
+                int T, int M, i64 row_start, i64 rows, i64 padding, int core_width, int column_start) {
+    __shared__ uint4 slots[STAGES][NP + NV][32 * WARPS];
     const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
-    // No more blocks than fit at once: the sort that runs beside this kernel finds room (NOTES.md).
-    for (i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32; token < T; token += (i64)gridDim.x * WARPS) {
-    uint4 x[NP], g[NV];
-    float dx[NP][8];
-    int core[NV];
+    const i64 stride = (i64)gridDim.x * WARPS;
+    i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
+    if (token >= T) return;
+    Feed feed = {&slots[0][0][threadIdx.x], indices, pre_values, values, token, stride, row_start, padding, T, M, (int)rows};
+    feed.start();
+    int core[SOME(NV)];
 #pragma unroll
-    for (int j = 0; j < NP; j++) {
-        const int column = (j * G + part) * 8;
-        x[j] = make_uint4(0, 0, 0, 0);
-        if (column < P) x[j] = *(const uint4*)(pre_input + token * P + column);
+    for (int j = 0; j < NV; j++) core[j] = ((j * G + part) * 8 + column_start) / core_width;
+    for (; token < T; token += stride) {
+        uint4 x[SOME(NP)], g[SOME(NV)];
+        float dx[SOME(NP)][8];
 #pragma unroll
-        for (int e = 0; e < 8; e++) dx[j][e] = 0.0f;
-    }
+        for (int j = 0; j < NP; j++) {
+            const int column = (j * G + part) * 8;
+            x[j] = make_uint4(0, 0, 0, 0);
+            if (column < P) x[j] = *(const uint4*)(pre_input + token * P + column);
 #pragma unroll
-    for (int j = 0; j < NV; j++) {
-        const int column = (j * G + part) * 8;
-        g[j] = make_uint4(0, 0, 0, 0);
-        if (column < V) g[j] = *(const uint4*)(grad_out + token * V + column);
-        core[j] = (column + column_start) / core_width;
-    }
-    for (int first = 0; first < M; first += 32) {
-        const int count = min(32, M - first);
-        const i64 entry = token * M + first + lane;
-        const i64 local = local_row(indices, entry, lane < count, row_start, rows, padding);
-        float score[C], my_grad[C], my_d_dot = 0.0f, my_active = 0.0f;
-#pragma unroll
-        for (int c = 0; c < C; c++) {
-            score[c] = local >= 0 ? scores[entry * C + c] : 0.0f;
-            my_grad[c] = 0.0f;
+            for (int e = 0; e < 8; e++) dx[j][e] = 0.0f;
         }
-        for (int step = 0; step < count; step += ROWS * UNROLL) {
-            uint4 p[UNROLL][NP], v[UNROLL][NV];
 #pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                const i64 row = __shfl_sync(FULL, local, (step + u * ROWS + group) & 31);
-                const bool live = row >= 0 && step + u * ROWS < 32;
+        for (int j = 0; j < NV; j++) {
+            const int column = (j * G + part) * 8;
+            g[j] = make_uint4(0, 0, 0, 0);
+            if (column < V) g[j] = *(const uint4*)(grad_out + token * V + column);
+        }
+        for (int first = 0; first < M; first += 32) {
+            const int count = min(32, M - first);
+            const i64 entry = token * M + first + lane;
+            float weight[C], my_grad[C], my_d_dot = 0.0f, my_active = 0.0f, its_slope = 0.0f;
+#if ATOMIC
+            const int row = lane < count ? local_row(indices, entry, row_start, (int)rows, padding) : -1;
+#endif
 #pragma unroll
-                for (int j = 0; j < NP; j++) {
-                    const int column = (j * G + part) * 8;
-                    p[u][j] = make_uint4(0, 0, 0, 0);
-                    if (live && column < P) p[u][j] = load_row(pre_values + row * P + column);
-                }
-#pragma unroll
-                for (int j = 0; j < NV; j++) {
-                    const int column = (j * G + part) * 8;
-                    v[u][j] = make_uint4(0, 0, 0, 0);
-                    if (live && column < V) v[u][j] = load_row(values + row * V + column);
-                }
+            for (int c = 0; c < C; c++) {
+                weight[c] = V > 0 && lane < count ? widen(weights[entry * C + c]) : 0.0f;
+                my_grad[c] = 0.0f;
             }
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                const int from = step + u * ROWS;
-                float dot = 0.0f, q[C], wide[8], other[8];
-#pragma unroll
-                for (int j = 0; j < NP; j++) {
-                    unpack(p[u][j], wide);
-                    unpack(x[j], other);
-#pragma unroll
-                    for (int e = 0; e < 8; e++) dot += wide[e] * other[e];
-                }
+            if (V == 0 && lane < count) its_slope = widen(grad_dots[entry]);
+            for (int step = 0; step < count; step += ROWS) {
+                const uint4* at = feed.await();
+                float dot = 0.0f, d_dot = 0.0f, q[C], wide[8], other[8];
+                // Lane `step + i` of the warp keeps the results of the i-th row of this group of rows.
+                const int source = ((lane - step) & (ROWS - 1)) * G;
+                const bool mine = lane >= step && lane < step + ROWS;
 #pragma unroll
                 for (int c = 0; c < C; c++) q[c] = 0.0f;
 #pragma unroll
                 for (int j = 0; j < NV; j++) {
                     float product = 0.0f;
-                    unpack(v[u][j], wide);
+                    unpack(at[(NP + j) * 32 * WARPS], wide);
                     unpack(g[j], other);
 #pragma unroll
                     for (int e = 0; e < 8; e++) product += wide[e] * other[e];
 #pragma unroll
                     for (int c = 0; c < C; c++) q[c] += core[j] == c ? product : 0.0f;
                 }
-                dot = sum_over_row(dot);
-                const float active = activate(dot);
-                float d_dot = 0.0f;
-                // Lane `from + i` of the warp keeps the results of the i-th row of this group of rows.
-                const int source = ((lane - from) & (ROWS - 1)) * G;
-                const bool mine = lane >= from && lane < from + ROWS;
+                if (P > 0 && V > 0) {
 #pragma unroll
-                for (int c = 0; c < C; c++) {
+                    for (int j = 0; j < NP; j++) {
+                        unpack(at[j * 32 * WARPS], wide);
+                        unpack(x[j], other);
+#pragma unroll
+                        for (int e = 0; e < 8; e++) dot += wide[e] * other[e];
+                    }
+                    dot = sum_over_row(dot);
+                }
+                const float active = P > 0 ? activate(dot) : 1.0f;
+                float its_weight[C];
+#pragma unroll
+                for (int c = 0; c < C && V > 0; c++) {
                     q[c] = sum_over_row(q[c]);
-                    d_dot += q[c] * __shfl_sync(FULL, score[c], (from + group) & 31);
+                    its_weight[c] = __shfl_sync(FULL, weight[c], step + group);
+                    d_dot += q[c] * its_weight[c];
                     const float kept = __shfl_sync(FULL, active * q[c], source);
                     if (mine) my_grad[c] = kept;
                 }
-                d_dot *= activation_slope(dot);
-                const float kept = __shfl_sync(FULL, d_dot, source), kept_active = __shfl_sync(FULL, active, source);
-                if (mine) my_d_dot = kept, my_active = kept_active;
+                if (P > 0 && V > 0) {
+                    d_dot *= activation_slope(dot);
+                    const float kept = __shfl_sync(FULL, d_dot, source), kept_active = __shfl_sync(FULL, active, source);
+                    if (mine) my_d_dot = kept, my_active = kept_active;
+                }
+                if (V == 0) d_dot = __shfl_sync(FULL, its_slope, step + group);
 #pragma unroll
                 for (int j = 0; j < NP; j++) {
-                    unpack(p[u][j], wide);
+                    unpack(at[j * 32 * WARPS], wide);
 #pragma unroll
                     for (int e = 0; e < 8; e++) dx[j][e] += d_dot * wide[e];
                 }
+#if ATOMIC
+                const int its_row = __shfl_sync(FULL, row, step + group);
+#pragma unroll
+                for (int j = 0; j < NP; j++) {
+                    const int column = (j * G + part) * 8;
+                    if (its_row < 0 || column >= P || !grad_pre_values) continue;
+                    float* home = grad_pre_values + (i64)its_row * P + column;
+                    unpack(x[j], wide);
+                    add4(home, d_dot * wide[0], d_dot * wide[1], d_dot * wide[2], d_dot * wide[3]);
+                    add4(home + 4, d_dot * wide[4], d_dot * wide[5], d_dot * wide[6], d_dot * wide[7]);
+                }
+#pragma unroll
+                for (int j = 0; j < NV; j++) {
+                    const int column = (j * G + part) * 8;
+                    if (its_row < 0 || column >= V || !grad_values) continue;
+                    float* home = grad_values + (i64)its_row * V + column;
+                    float here = its_weight[0];
+#pragma unroll
+                    for (int c = 1; c < C; c++) here = core[j] >= c ? its_weight[c] : here;
+                    here *= active;
+                    unpack(g[j], wide);
+                    add4(home, here * wide[0], here * wide[1], here * wide[2], here * wide[3]);
+                    add4(home + 4, here * wide[4], here * wide[5], here * wide[6], here * wide[7]);
+                }
+#endif
+                feed.ask();
+            }
+            if (V > 0 && lane < count) {
+#if !ATOMIC
+                if (P > 0) d_dots[entry] = my_d_dot;
+#endif
+#pragma unroll
+                for (int c = 0; c < C; c++) {
+                    put(grad_weights + entry * C + c, my_grad[c]);
+#if !ATOMIC
+                    if (P > 0) final_weights[entry * C + c] = my_active * weight[c];
+#endif
+                }
             }
         }
-        if (lane < count) {
-            d_dots[entry] = my_d_dot;
 #pragma unroll
-            for (int c = 0; c < C; c++) {
-                grad_scores[entry * C + c] = my_grad[c];
-                final_weights[entry * C + c] = my_active * score[c];
+        for (int j = 0; j < NP; j++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+#pragma unroll
+                for (int distance = 16; distance >= G; distance /= 2)
+                    dx[j][e] += __shfl_xor_sync(FULL, dx[j][e], distance);
             }
+            const int column = (j * G + part) * 8;
+            if (group == 0 && column < P) *(uint4*)(grad_pre_input + token * P + column) = pack8(dx[j]);
         }
     }
-#pragma unroll
-    for (int j = 0; j < NP; j++) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-#pragma unroll
-            for (int distance = 16; distance >= G; distance /= 2)
-                dx[j][e] += __shfl_xor_sync(FULL, dx[j][e], distance);
-        }
-        const int column = (j * G + part) * 8;
-        if (group == 0 && column < P) *(uint4*)(grad_pre_input + token * P + column) = pack8(dx[j]);
-    }    }
 }

@@ -1,182 +1,222 @@
-"""Launchers of the hand-written CUDA kernels of the lookup (by_token.cu, segments.cu). Legend as in reference.py."""
+"""Launchers of the hand-written CUDA kernels by token (by_token.cu): the lookup and its backward. Legend in reference.py.
+
+Both tables, or one of them: without values the result are dots, without pre-values the weights are final.
+"""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from ultramem_kernels.nvrtc import Module, long
+from ultramem_kernels.nvrtc import C_TYPES, Kernel, Module, device_supported, multiprocessors, pointer, read_source
 from ultramem_kernels.tiles import rows_argument
 
-WARPS = 4  # per block, as in common.cuh
-TILE = 32
-FAN = 32
-BACKWARD_BLOCKS = 4  # per multiprocessor at a time in the backward by token: leaves room for the sort beside it
+SHARED_BYTES = 48 * 1024
 
 
-@cache
-def _source(name: str) -> str:
+class Blocks(NamedTuple):
+    """How by_token.cu cuts the work. `stages` steps of rows in flight a warp; `blocks` a multiprocessor at least."""
+
+    warps: int = 4
+    stages: int = 4
+    blocks: int = 4
+    persistent: bool = True  # no more blocks than run at once: they walk over the tokens
+
+
+FORWARD = Blocks()
+BACKWARD = Blocks()
+
+
+def source(name: str) -> str:
+    """Text of a kernel source with what it shares with the others in front."""
     folder = Path(__file__).parent
-    return (folder / "common.cuh").read_text() + (folder / name).read_text()
+    return read_source(*([] if name == "sort.cu" else [folder / "common.cuh"]), folder / name)
 
 
-@cache
-def _module(name: str, device: torch.device, **defines: object) -> Module:
-    return Module(_source(name), defines, device)
+def make_module(name: str, device: torch.device, defines: dict[str, object]) -> Module:
+    """A compiled source."""
+    return Module(source(name), defines, device)
 
 
-def _c_type(dtype: torch.dtype) -> str:
-    return {torch.int32: "int", torch.int64: "i64"}[dtype]
-
-
-def lanes_per_row(P: int, V: int) -> int:
-    """8, 16 or 32 lanes share a row: the fewest that keep it to at most 3 loads of 16 bytes a lane."""
-    for lanes in (8, 16):
-        if max(P, V) <= 3 * 8 * lanes:
+def lanes_per_row(width: int) -> int:
+    """4, 8, 16 or 32 lanes share a row: the fewest that keep it to at most 3 loads of 16 bytes a lane."""
+    for lanes in (4, 8, 16):
+        if width <= 3 * 8 * lanes:
             return lanes
     return 32
 
 
 def supports(
-    table: torch.Tensor, indices_TM: torch.Tensor, P: int, V: int, C: int, core_width: int, column_start: int
+    values_NV: torch.Tensor | None,
+    pre_values_NP: torch.Tensor | None,
+    indices_TM: torch.Tensor,
+    cores: int,
+    core_width: int,
+    column_start: int,
 ) -> bool:
     """Whether these kernels cover the shape: 16-bit tables, columns in chunks of 8 that lie in one core."""
+    tables = [table for table in (values_NV, pre_values_NP) if table is not None]
     return (
-        table.is_cuda
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(table.device) >= (8, 0)
-        and table.dtype in (torch.bfloat16, torch.float16)
-        and table.data_ptr() % 16 == 0
+        device_supported(indices_TM.device)
+        and all(
+            table.dtype in (torch.bfloat16, torch.float16)
+            and table.dtype == tables[0].dtype
+            and table.shape[1] % 8 == 0
+            and 0 < table.shape[1] <= 1024
+            and table.shape[0] < 2**31 - 1
+            and table.data_ptr() % 16 == 0
+            for table in tables
+        )
         and indices_TM.dtype in (torch.int32, torch.int64)
-        and P % 8 == 0
-        and V % 8 == 0
-        and core_width % 8 == 0
-        and column_start % 8 == 0
-        and max(P, V) <= 1024
-        and C <= 8
+        and (values_NV is None or (core_width % 8 == 0 and column_start % 8 == 0))
+        and cores <= 8
         and indices_TM.numel() < 2**31
     )
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it that starts at a multiple of 16 bytes, as vector loads need it."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _by_token(
-    table: torch.Tensor, indices: torch.Tensor, P: int, V: int, C: int, activation: str, padding: bool, unroll: int
-) -> Module:
-    return _module(
-        "by_token.cu", table.device, FP16=int(table.dtype == torch.float16), INDEX=_c_type(indices.dtype), ROW="int",
-        P=P, V=V, C=C, G=lanes_per_row(P, V), UNROLL=unroll, GELU=int(activation == "gelu"), PADDING=int(padding),
-    )  # fmt: skip
+class _Plan(NamedTuple):
+    """A kernel and the grid it wants."""
+
+    kernel: Kernel
+    warps: int
+    most_blocks: int
+
+    def grid(self, tokens: int) -> tuple[int, int]:
+        return min(-(-tokens // self.warps), self.most_blocks), 1
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+
+_SIGNATURES = {"lookup_forward": "P" * 7 + "iiqqqii", "lookup_backward": "P" * 13 + "iiqqqii"}
+
+
+def _plan(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    dot_dtype: torch.dtype,
+    P: int,
+    V: int,
+    C: int,
+    gelu: bool,
+    padding: bool,
+    atomic: bool,
+    blocks: Blocks,
+) -> _Plan:
+    key = (name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, blocks)
+    plan = _plans.get(key)
+    if plan is None:
+        lanes = lanes_per_row(max(P, V))
+        chunks = -(-P // (8 * lanes)) - (-V // (8 * lanes))
+        stages = max(1, min(blocks.stages, SHARED_BYTES // (chunks * 16 * 32 * blocks.warps)))
+        defines = {
+            "FP16": int(dtype == torch.float16), "INDEX": C_TYPES[index_dtype], "WEIGHT": C_TYPES[weight_dtype],
+            "DOT": C_TYPES[dot_dtype], "P": P, "V": V, "C": C, "GELU": int(gelu), "PADDING": int(padding), "G": lanes,
+            "WARPS": blocks.warps, "STAGES": stages, "BLOCKS": blocks.blocks, "ATOMIC": int(atomic),
+        }  # fmt: skip
+        most = blocks.blocks * multiprocessors(device) if blocks.persistent else 2**31 - 1
+        kernel = make_module("by_token.cu", device, defines).kernel(name, _SIGNATURES[name])
+        plan = _plans[key] = _Plan(kernel, blocks.warps, most)
+    return plan
 
 
 def forward(
     indices_TM: torch.Tensor,
-    scores_TMC: torch.Tensor,
-    pre_input_TP: torch.Tensor,
-    values_NV: torch.Tensor,
-    pre_values_NP: torch.Tensor,
+    weights_TMC: torch.Tensor | None,
+    pre_input_TP: torch.Tensor | None,
+    values_NV: torch.Tensor | None,
+    pre_values_NP: torch.Tensor | None,
     *,
     activation: str = "none",
+    core_width: int = 1,
+    column_start: int = 0,
     row_start: int = 0,
     padding_index: int | None = None,
-    unroll: int = 1,
+    blocks: Blocks = FORWARD,
 ) -> torch.Tensor:
-    """Pooled values [T, V]; scores fp32."""
+    """Pooled values [T, V]; without values the dots [T, M] fp32. Weights fp32 or of the tables' dtype."""
     T, M = indices_TM.shape
-    C, P, V = scores_TMC.shape[2], pre_values_NP.shape[1], values_NV.shape[1]
-    pre_input_TP = _aligned(pre_input_TP)
-    out = torch.empty(T, V, dtype=values_NV.dtype, device=values_NV.device)
-    if T:
-        module = _by_token(values_NV, indices_TM, P, V, C, activation, padding_index is not None, unroll)
-        module.launch(
-            "lookup_forward", (-(-T // WARPS), 1), 32 * WARPS, indices_TM, scores_TMC, pre_input_TP, pre_values_NP,
-            values_NV, out, T, M, long(row_start), long(rows_argument(values_NV)), long(padding_index or 0), V // C, 0,
-        )  # fmt: skip
+    table: Any = values_NV if values_NV is not None else pre_values_NP
+    P = 0 if pre_values_NP is None else pre_values_NP.shape[1]
+    V = 0 if values_NV is None else values_NV.shape[1]
+    C, weight_dtype = (1, torch.float32) if weights_TMC is None else (weights_TMC.shape[2], weights_TMC.dtype)
+    out = torch.empty((T, V) if V else (T, M), dtype=table.dtype if V else torch.float32, device=table.device)
+    if T == 0 or M == 0:
+        return out.zero_()
+    plan = _plan(
+        "lookup_forward", table.device, table.dtype, indices_TM.dtype, weight_dtype, torch.float32, P, V, C,
+        activation == "gelu", padding_index is not None, False, blocks,
+    )  # fmt: skip
+    pre_input_TP = None if pre_input_TP is None else aligned(pre_input_TP)
+    at = out.data_ptr()
+    plan.kernel(
+        plan.grid(T), 32 * plan.warps, indices_TM.data_ptr(), pointer(weights_TMC), pointer(pre_input_TP),
+        pointer(pre_values_NP), pointer(values_NV), at if V else 0, 0 if V else at, T, M, row_start,
+        rows_argument(table), padding_index or 0, core_width, column_start,
+    )  # fmt: skip
     return out
 
 
 def backward_by_token(
     indices_TM: torch.Tensor,
-    scores_TMC: torch.Tensor,
-    pre_input_TP: torch.Tensor,
-    values_NV: torch.Tensor,
-    pre_values_NP: torch.Tensor,
-    grad_out_TV: torch.Tensor,
+    weights_TMC: torch.Tensor | None,
+    pre_input_TP: torch.Tensor | None,
+    values_NV: torch.Tensor | None,
+    pre_values_NP: torch.Tensor | None,
+    grad_out_TV: torch.Tensor | None,
+    grad_dots_TM: torch.Tensor | None,
     *,
+    atomic: bool,
+    grad_values_NV: torch.Tensor | None = None,
+    grad_pre_values_NP: torch.Tensor | None = None,
     activation: str = "none",
+    core_width: int = 1,
+    column_start: int = 0,
     row_start: int = 0,
     padding_index: int | None = None,
-    unroll: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(grad_pre_input, grad_scores fp32, d_dot [T, M] fp32, final weights [T, M, C] fp32); scores fp32."""
-    T, M = indices_TM.shape
-    C, P, V = scores_TMC.shape[2], pre_values_NP.shape[1], values_NV.shape[1]
-    pre_input_TP, grad_out_TV = _aligned(pre_input_TP), _aligned(grad_out_TV)
-    grad_pre_input, grad_scores = torch.empty_like(pre_input_TP), torch.empty_like(scores_TMC)
-    d_dots = torch.empty(T, M, dtype=torch.float32, device=values_NV.device)
-    final = torch.empty(T, M, C, dtype=torch.float32, device=values_NV.device)
-    if T:
-        module = _by_token(values_NV, indices_TM, P, V, C, activation, padding_index is not None, unroll)
-        multiprocessors = torch.cuda.get_device_properties(values_NV.device).multi_processor_count
-        module.launch(
-            "lookup_backward", (min(-(-T // WARPS), BACKWARD_BLOCKS * multiprocessors), 1), 32 * WARPS, indices_TM,
-            scores_TMC, pre_input_TP, pre_values_NP, values_NV, grad_out_TV, grad_pre_input, grad_scores, d_dots, final,
-            T, M, long(row_start), long(rows_argument(values_NV)), long(padding_index or 0), V // C, 0,
-        )  # fmt: skip
-    return grad_pre_input, grad_scores, d_dots, final
+    blocks: Blocks = BACKWARD,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(grad_pre_input, grad_weights, d_dot [T, M], final weights [T, M, C]).
 
-
-def add_segments_(
-    sorted_rows: torch.Tensor,
-    order: torch.Tensor,
-    M: int,
-    pre_values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    core_width: int,
-    column_start: int = 0,
-    *,
-    unroll: int = 2,
-) -> None:
-    """Both tables' gradients, in place, in an order fixed by the indices. `sorted_rows`, `order` from sort_entries.
-
-    `pre_values`: (grad [N, P] fp32, pre_input [T, P], d_dot [T, M] fp32);
-    `values`: (grad [N, V] fp32, grad_out [T, V], weights [T, M, C] fp32). Either may be absent.
+    `atomic`: the tables' gradients given (fp32, contiguous) are added to, and the last two are None. Otherwise those two
+    are the factors that `cuda_gradients.add_segments_` needs: fp32, or `grad_dots_TM` and `weights_TMC` themselves where
+    one of the tables is absent.
     """
-    N = order.numel()
-    if N == 0:
-        return
-    grad_p, x, d_dots = pre_values or (None, None, None)
-    grad_v, grad_out, weights = values or (None, None, None)
-    x, grad_out = (None if t is None else _aligned(t) for t in (x, grad_out))
-    inputs = x if x is not None else grad_out
-    rows = (grad_p if grad_p is not None else grad_v).shape[0]  # type: ignore[union-attr]
-    P = grad_p.shape[1] if grad_p is not None else 0
-    V = grad_v.shape[1] if grad_v is not None else 0
-    quads = (P + V) // 4
-    groups = -(-quads // 128) if quads > 96 else 1
-    nj = -(-quads // (32 * groups))
-    module = _module(
-        "segments.cu", order.device, FP16=int(inputs.dtype == torch.float16), INDEX="int",  # type: ignore[union-attr]
-        ROW=_c_type(sorted_rows.dtype), P=P, V=V, C=weights.shape[2] if weights is not None else 1, G=32,
-        UNROLL=unroll, GELU=0, PADDING=0, NJ=nj,
+    T, M = indices_TM.shape
+    table: Any = values_NV if values_NV is not None else pre_values_NP
+    device = table.device
+    P = 0 if pre_values_NP is None else pre_values_NP.shape[1]
+    V = 0 if values_NV is None else values_NV.shape[1]
+    C, weight_dtype = (1, torch.float32) if weights_TMC is None else (weights_TMC.shape[2], weights_TMC.dtype)
+    grad_pre_input = None if pre_input_TP is None else torch.empty_like(pre_input_TP)
+    grad_weights = None if weights_TMC is None else torch.empty_like(weights_TMC)
+    d_dots, final = (None, None) if atomic else (grad_dots_TM, weights_TMC)
+    if P and V and not atomic:
+        d_dots = torch.empty(T, M, dtype=torch.float32, device=device)
+        final = torch.empty(T, M, C, dtype=torch.float32, device=device)
+    if T == 0 or M == 0:
+        return (None if grad_pre_input is None else grad_pre_input.zero_()), grad_weights, d_dots, final
+    plan = _plan(
+        "lookup_backward", device, table.dtype, indices_TM.dtype, weight_dtype,
+        torch.float32 if grad_dots_TM is None else grad_dots_TM.dtype, P, V, C, activation == "gelu",
+        padding_index is not None, atomic, blocks,
     )  # fmt: skip
-    tiles = -(-N // TILE)
-    partial = torch.empty(tiles, 2, P + V, dtype=torch.float32, device=order.device)
-    module.launch(
-        "segments", (-(-tiles // WARPS), groups), 32 * WARPS, sorted_rows, order, d_dots, weights, x, grad_out,
-        grad_p, grad_v, partial, long(N), long(rows), M, core_width, column_start,
+    pre_input_TP = None if pre_input_TP is None else aligned(pre_input_TP)
+    grad_out_TV = None if grad_out_TV is None else aligned(grad_out_TV)
+    plan.kernel(
+        plan.grid(T), 32 * plan.warps, indices_TM.data_ptr(), pointer(weights_TMC), pointer(pre_input_TP),
+        pointer(pre_values_NP), pointer(values_NV), pointer(grad_out_TV), pointer(grad_dots_TM),
+        pointer(grad_pre_input), pointer(grad_weights), pointer(d_dots), pointer(final),
+        pointer(grad_pre_values_NP), pointer(grad_values_NV), T, M, row_start, rows_argument(table),
+        padding_index or 0, core_width, column_start,
     )  # fmt: skip
-    span, count = TILE, tiles
-    while count > 1:
-        parts = -(-count // FAN)
-        parents = torch.empty(parts, 2, P + V, dtype=torch.float32, device=order.device)
-        module.launch(
-            "merge", (parts, -(-quads // 32)), 32, sorted_rows, grad_p, grad_v, partial, parents, long(N), long(rows),
-            long(span), long(count),
-        )  # fmt: skip
-        partial, span, count = parents, span * FAN, parts
+    return grad_pre_input, grad_weights, d_dots, final

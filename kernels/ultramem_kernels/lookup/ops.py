@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
+from ultramem_kernels import tuning
 from ultramem_kernels.dispatch import choose, for_this_call
-from ultramem_kernels.lookup import reference
-from ultramem_kernels.lookup.table_gradients import Sorting, add_by_reference, add_sorted
+from ultramem_kernels.lookup import cuda, reference
+from ultramem_kernels.lookup.table_gradients import add_by_reference, add_sorted, sorted_entries
 
 # Below this many entries (T * M) the fixed cost of a sort outweighs what it saves over atomics (NOTES.md).
 ATOMIC_BELOW = 1 << 16
@@ -43,19 +44,14 @@ def _backend(
     core_width: int,
     column_start: int,
 ) -> str:
-    """CUDA kernels by token exist for both tables at once; each other mode runs in Triton."""
-
-    def cuda_supports() -> bool:
-        from ultramem_kernels.lookup import cuda
-
-        if values is None or pre_values is None or weights is None or values.dtype != pre_values.dtype:
-            return False
-        P, V, C = pre_values.shape[1], values.shape[1], weights.shape[2]
-        return cuda.supports(values, indices, P, V, C, core_width, column_start)
-
+    cores = 1 if weights is None else weights.shape[2]
     table = values if values is not None else pre_values
     assert table is not None
-    return choose(options_backend, table, cuda_supports)
+    return choose(
+        options_backend,
+        table,
+        lambda: cuda.supports(values, pre_values, indices, cores, core_width, column_start),
+    )
 
 
 def _present(*tensors: Optional[torch.Tensor]) -> tuple[Any, ...]:
@@ -79,6 +75,11 @@ def run_lookup_forward(
     """Pooled values [T, V]; without `values` the dots [T, M]; without `pre_values` `weights` are final."""
     chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
     w, x, v, p = _present(weights, pre_input, values, pre_values)
+    if chosen == "cuda":
+        return cuda.forward(
+            indices, _readable(w, v), x, v, p, activation=activation, core_width=core_width, column_start=column_start,
+            row_start=row_start, padding_index=padding_index,
+        )  # fmt: skip
     place: dict[str, Any] = {"row_start": row_start, "padding_index": padding_index}
     if chosen == "reference":
         if p is None:
@@ -86,10 +87,6 @@ def run_lookup_forward(
         if v is None:
             return reference.pre_value_dot(indices, x, p, **place)
         return reference.lookup(indices, w, x, v, p, activation, **place)
-    if chosen == "cuda":
-        from ultramem_kernels.lookup import cuda
-
-        return cuda.forward(indices, w.float(), x, v, p, activation=activation, **place)
     from ultramem_kernels.lookup import forward_triton
 
     return forward_triton.forward(
@@ -130,55 +127,89 @@ def run_lookup_backward(
     """
     chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
     w, x, v, p = _present(weights, pre_input, values, pre_values)
-    place: dict[str, Any] = {"row_start": row_start, "padding_index": padding_index}
     options: dict[str, Any] = {
-        "activation": activation,
-        "core_width": core_width,
-        "column_start": column_start,
-        **place,
-    }
-    grad_out, grad_dots = (grad, None) if v is not None else (None, grad)
-    wanted = grad_values is not None or grad_pre_values is not None
-    if chosen != "reference" and (not wanted or (not deterministic and indices.numel() < ATOMIC_BELOW)):
-        from ultramem_kernels.lookup import backward_triton
-
-        d_input, d_weights, _, _ = backward_triton.backward_by_token(
-            indices,
-            w,
-            x,
-            v,
-            p,
-            grad_out,
-            grad_dots,
-            grad_values_NV=grad_values,
-            grad_pre_values_NP=grad_pre_values,
-            **options,
-        )
-        return _or_empty(d_input, indices), _or_empty(d_weights, indices)
-    rows = (v if v is not None else p).shape[0]
-    sorting = None if chosen == "reference" else Sorting(indices, rows, **place)
-    d_dots: Any
+        "activation": activation, "core_width": core_width, "column_start": column_start, "row_start": row_start,
+        "padding_index": padding_index,
+    }  # fmt: skip
     if chosen == "reference":
         d_input, d_weights, d_dots, final = reference.backward_by_token(indices, w, x, v, p, grad, **options)
-    elif chosen == "cuda":
-        from ultramem_kernels.lookup import cuda
+        of_tables = (grad_pre_values, x, d_dots), (grad_values, grad, final)
+        add_by_reference(indices, *of_tables, core_width, column_start, row_start, padding_index)
+        return _or_empty(d_input, indices), _or_empty(d_weights, indices)
 
+    def run(how: str, grad: torch.Tensor = grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return _backward(chosen, how == "atomic", indices, w, x, v, p, grad, grad_values, grad_pre_values, options)
+
+    if grad_values is None and grad_pre_values is None:
+        how = "atomic"  # of nothing: without the factors that segments need
+    elif deterministic or not indices.is_cuda:
+        how = "segments" if deterministic or indices.numel() >= ATOMIC_BELOW else "atomic"
+    else:
+        names = ("segments", "atomic") if indices.numel() >= ATOMIC_BELOW else ("atomic", "segments")
+        # A gradient of zeros leaves the tables' gradients as they are.
+        how = tuning.choose(
+            indices.device, "lookup_backward", _tuning_shape(chosen, indices, w, v, p), names,
+            lambda name: run(name, torch.zeros_like(grad)),
+        )  # fmt: skip
+    d_input, d_weights = run(how)
+    return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+
+
+def _backward(
+    chosen: str,
+    atomic: bool,
+    indices: torch.Tensor,
+    w: Any,
+    x: Any,
+    v: Any,
+    p: Any,
+    grad: torch.Tensor,
+    grad_values: torch.Tensor | None,
+    grad_pre_values: torch.Tensor | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of pre_input and weights by the kernels; those of the tables by atomics or by sorted segments."""
+    grad_out, grad_dots = (grad, None) if v is not None else (None, grad)
+    of_tables = {"grad_values_NV": grad_values, "grad_pre_values_NP": grad_pre_values} if atomic else {}
+    if chosen == "cuda":
+        readable = _readable(w, v), x, v, p, grad_out, _readable(grad_dots, p)
         d_input, d_weights, d_dots, final = cuda.backward_by_token(
-            indices, w.float(), x, v, p, grad, activation=activation, **place
+            indices, *readable, atomic=atomic, **of_tables, **options
         )
-        d_weights = d_weights.to(w.dtype)
+        d_weights = None if d_weights is None else d_weights.to(w.dtype)
     else:
         from ultramem_kernels.lookup import backward_triton
 
         d_input, d_weights, d_dots, final = backward_triton.backward_by_token(
-            indices, w, x, v, p, grad_out, grad_dots, **options
+            indices, w, x, v, p, grad_out, grad_dots, **of_tables, **options
         )
-    of_pre_values, of_values = (grad_pre_values, x, d_dots), (grad_values, grad_out, final)
-    if sorting is None:
-        add_by_reference(indices, of_pre_values, of_values, core_width, column_start, **place)
-    else:
-        add_sorted(sorting, chosen, indices.shape[1], of_pre_values, of_values, core_width, column_start)
-    return _or_empty(d_input, indices), _or_empty(d_weights, indices)
+    if not atomic:
+        rows = (v if v is not None else p).shape[0]
+        add_sorted(
+            sorted_entries(chosen, indices, rows, options["row_start"], options["padding_index"]), chosen,
+            indices.shape[1], (grad_pre_values, x, d_dots), (grad_values, grad_out, final), options["core_width"],
+            options["column_start"],
+        )  # fmt: skip
+    return d_input, d_weights
+
+
+def _readable(factors: torch.Tensor | None, table: torch.Tensor | None) -> torch.Tensor | None:
+    """Scores, weights or gradients of dots in a dtype that the CUDA kernels read: fp32 or the table's."""
+    if factors is None or table is None or factors.dtype in (torch.float32, table.dtype):
+        return factors
+    return factors.float()
+
+
+def _tuning_shape(
+    chosen: str, indices: torch.Tensor, w: torch.Tensor | None, v: torch.Tensor | None, p: torch.Tensor | None
+) -> tuple[object, ...]:
+    """What the speed of a lookup depends on."""
+    table = v if v is not None else p
+    assert table is not None
+    return (
+        chosen, table.dtype, tuning.bucket(indices.shape[0]), indices.shape[1], 0 if p is None else p.shape[1],
+        0 if v is None else v.shape[1], 0 if w is None else w.shape[2], tuning.bucket(table.shape[0]),
+    )  # fmt: skip
 
 
 lookup_backward = torch.library.custom_op("ultramem::lookup_backward", mutates_args=("grad_values", "grad_pre_values"))(

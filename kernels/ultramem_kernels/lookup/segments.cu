@@ -1,10 +1,26 @@
-// The tables' gradients by sorted segment sums: one warp per tile of 32 sorted entries, both tables in one pass.
-// Tiles, hot boundaries, chunks and partial sums are those of segments_triton.py; a row of `partial` holds the P columns of
-// the pre-values and then the V columns of the values, and lanes hold 4 columns each of NJ groups of 128 columns.
-// Appended to lookup.cu's helpers, compiled with the same constants and NJ.
+// The tables' gradients by sorted segment sums, both tables in one pass: bitwise equal from run to run.
+//
+// A *segment* is the run of sorted entries of one row. It is *hot* at a multiple of TILE that it crosses if it also reaches
+// beyond the tile before or after. A *chunk* starts where a segment starts and at every hot multiple of TILE; it ends at its
+// segment's end or at the next hot multiple, so it has fewer than 2 * TILE entries. A warp sums the chunks that start among
+// its SPAN entries. Whole segments are added to their row of the gradient at once; chunks of hot ones leave partial sums
+//   partial[tile, 0]   of the segment that is hot at the tile's start
+//   partial[tile, 1]   of the segment that starts in the tile and is hot at its end
+// that `merge` adds up in the order of the tiles.
+//
+// Rows come in ascending order, and a warp has few of them: what all warps have in flight at a time lies close together in
+// memory, which the DRAM rewards (NOTES.md).
+//
+// Compile-time constants besides those of common.cuh:
+//   ROW     integer type of sorted rows
+//   NJ      groups of 128 columns of a warp; the columns are the P of the pre-values, then the V of the values
+//   SPAN    entries whose chunks a warp sums, a power of two up to TILE
+//   AHEAD   chunks whose gradients are asked for at once
+//   WARPS   per block
 
 #define TILE 32
 #define WIDTH (P + V)
+#define NO_ROW (-1)
 
 // fp32 gradients are read and written once: streaming hints leave the L2 cache to the inputs.
 __device__ __forceinline__ float4 load_stream(const float* from) {
@@ -16,6 +32,19 @@ __device__ __forceinline__ float4 load_stream(const float* from) {
 __device__ __forceinline__ void store_stream(float* to, float4 v) {
     asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
+}
+
+// The inputs (tens of megabytes, each row read m times) are to stay in the L2 cache while gradients stream past them.
+__device__ __forceinline__ i64 keep_policy() {
+    i64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint2 load_kept(const half_t* from, i64 policy) {
+    uint2 v;
+    asm volatile("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(v.x), "=r"(v.y) : "l"(from), "l"(policy));
+    return v;
 }
 
 __device__ __forceinline__ void add_scaled(float4& sum, float weight, uint2 packed) {
@@ -54,14 +83,11 @@ __device__ __forceinline__ float* gradient_at(const Columns& here, float* grad_p
     return here.table == 1 ? grad_pre_values + row * P + here.column : grad_values + row * V + here.column;
 }
 
-// The inputs (tens of megabytes, each row read m times) are to stay in the L2 cache while gradients stream past them.
 __device__ __forceinline__ uint2 input_at(const Columns& here, const half_t* pre_input, const half_t* grad_out, i64 token,
-                                          i64 keep) {
-    uint2 v = make_uint2(0, 0);
-    if (here.table == 0) return v;
+                                          i64 policy) {
+    if (here.table == 0) return make_uint2(0, 0);
     const half_t* from = here.table == 1 ? pre_input + token * P + here.column : grad_out + token * V + here.column;
-    asm volatile("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(v.x), "=r"(v.y) : "l"(from), "l"(keep));
-    return v;
+    return load_kept(from, policy);
 }
 
 __device__ __forceinline__ float pick(const Columns& here, float d_dot, const float* weight) {
@@ -72,70 +98,80 @@ __device__ __forceinline__ float pick(const Columns& here, float d_dot, const fl
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-segments(const ROW* sorted, const i64* order, const float* d_dots, const float* weights, const half_t* pre_input,
+segments(const ROW* sorted, const int* order, const DOT* d_dots, const WEIGHT* weights, const half_t* pre_input,
          const half_t* grad_out, float* grad_pre_values, float* grad_values, float* partial, i64 N, i64 rows, int M,
          int core_width, int column_start) {
-    const i64 tile = (i64)blockIdx.x * WARPS + threadIdx.x / 32, base = tile * TILE;
+    const i64 base = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * SPAN;
     if (base >= N) return;
     const int lane = threadIdx.x % 32;
+    const i64 position = base + lane;
+    const ROW row = position < N ? sorted[position] : (ROW)NO_ROW;
+    const unsigned int entry = position < N ? (unsigned int)order[position] : 0u;
+    ROW before = __shfl_up_sync(FULL, row, 1);
+    if (lane == 0) before = base > 0 ? sorted[base - 1] : (ROW)NO_ROW;
+    const unsigned int borders = __ballot_sync(FULL, row != before);  // beyond N too
+    const bool exists = row >= 0 && row < rows;
+    const i64 tile = base / TILE;
+    const int to_next_tile = (int)((tile + 1) * TILE - base);
+    const bool head_hot = base == tile * TILE && !(borders & 1) && hot_boundary(sorted, base, N);
+    unsigned int starts = __ballot_sync(FULL, exists && lane < SPAN && (row != before || (lane == 0 && head_hot)));
+    if (!starts) return;
+
+    // Only the last chunk can reach beyond the next multiple of TILE, and beyond the 32 entries that the lanes hold.
+    const int last = 31 - __clz(starts);
+    const unsigned int later = last == 31 ? 0u : borders & (FULL << (last + 1));
+    const ROW last_row = __shfl_sync(FULL, row, last);
+    int last_end = later ? __ffs(later) - 1 : 32;
+    bool goes_on = last_end == 32 && base + 32 < N && sorted[base + 32] == last_row;
+    const bool crosses = last_end > to_next_tile || (last_end == to_next_tile && goes_on);
+    const bool goes_hot = crosses && hot_boundary(sorted, base + to_next_tile, N);
+    if (goes_hot) last_end = to_next_tile, goes_on = false;
+
     Columns here[NJ];
 #pragma unroll
     for (int j = 0; j < NJ; j++) here[j] = columns_of((blockIdx.y * NJ + j) * 32 + lane, core_width, column_start);
-
-    i64 keep;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
-    const i64 position = base + lane;
-    const bool inside = position < N;
-    const ROW row = inside ? sorted[position] : (ROW)-1;
-    ROW before = __shfl_up_sync(FULL, row, 1);
-    if (lane == 0) before = base > 0 ? sorted[base - 1] : (ROW)-2;
-    const bool head_hot = hot_boundary(sorted, base, N), tail_hot = hot_boundary(sorted, base + TILE, N);
-    const ROW last_row = __shfl_sync(FULL, row, 31);
-    const bool crosses = base + TILE < N && sorted[base + TILE] == last_row;
-    const bool exists = inside && row >= 0 && row < rows;
-    unsigned int starts = __ballot_sync(FULL, exists && (row != before || (lane == 0 && head_hot)));
-    const unsigned int borders = __ballot_sync(FULL, row != before);
-    const unsigned int entry = exists ? (unsigned int)order[position] : 0u;
+    const i64 policy = keep_policy();
     const int token = entry / (unsigned int)M;
-    const float d_dot = (P > 0 && exists) ? d_dots[entry] : 0.0f;
+    const bool wanted = exists && lane < last_end;
+    const float d_dot = P > 0 && wanted ? widen(d_dots[entry]) : 0.0f;
     float weight[C];
 #pragma unroll
-    for (int c = 0; c < C; c++) weight[c] = (V > 0 && exists) ? weights[(i64)entry * C + c] : 0.0f;
+    for (int c = 0; c < C; c++) weight[c] = V > 0 && wanted ? widen(weights[(i64)entry * C + c]) : 0.0f;
 
     while (starts) {
-        float4 sum[UNROLL][NJ];
-        uint2 input[UNROLL][NJ];
-        int start[UNROLL], end[UNROLL];
-        float* home[UNROLL][NJ];
+        float4 sum[AHEAD][NJ];
+        uint2 input[AHEAD][NJ];
+        float* home[AHEAD][NJ];
+        int start[AHEAD];
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            start[u] = starts ? __ffs(starts) - 1 : -1;
+        for (int a = 0; a < AHEAD; a++) {
+            start[a] = starts ? __ffs(starts) - 1 : -1;
             starts &= starts - 1;
-            const int at = start[u] & 31;
-            const unsigned int later = at == 31 ? 0u : borders & (FULL << (at + 1));
-            end[u] = later ? __ffs(later) - 1 : TILE;
+            const int at = start[a] & 31;
             const i64 my_row = __shfl_sync(FULL, row, at), my_token = __shfl_sync(FULL, token, at);
-            const bool is_head = at == 0 && head_hot, goes_hot = end[u] == TILE && crosses && tail_hot;
+            const bool is_head = at == 0 && head_hot, is_tail = at == last && goes_hot;
 #pragma unroll
             for (int j = 0; j < NJ; j++) {
-                sum[u][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                input[u][j] = make_uint2(0, 0);
-                home[u][j] = nullptr;
-                if (start[u] < 0 || here[j].table == 0) continue;
-                input[u][j] = input_at(here[j], pre_input, grad_out, my_token, keep);
-                if (is_head || goes_hot) {
+                sum[a][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                input[a][j] = make_uint2(0, 0);
+                home[a][j] = nullptr;
+                if (start[a] < 0 || here[j].table == 0) continue;
+                if (is_head || is_tail) {
                     const int quad = (blockIdx.y * NJ + j) * 32 + lane;
-                    home[u][j] = partial + (tile * 2 + (is_head ? 0 : 1)) * WIDTH + quad * 4;
+                    home[a][j] = partial + (tile * 2 + (is_head ? 0 : 1)) * WIDTH + quad * 4;
                 } else {
-                    home[u][j] = gradient_at(here[j], grad_pre_values, grad_values, my_row);
-                    sum[u][j] = load_stream(home[u][j]);
+                    home[a][j] = gradient_at(here[j], grad_pre_values, grad_values, my_row);
+                    sum[a][j] = load_stream(home[a][j]);
                 }
+                input[a][j] = input_at(here[j], pre_input, grad_out, my_token, policy);
             }
         }
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            if (start[u] < 0) continue;
-            for (int at = start[u]; at < end[u]; at++) {
+        for (int a = 0; a < AHEAD; a++) {
+            if (start[a] < 0) continue;
+            const unsigned int after = start[a] == 31 ? 0u : borders & (FULL << (start[a] + 1));
+            const int end = start[a] == last ? last_end : __ffs(after) - 1;
+            for (int at = start[a]; at < end; at++) {
                 float its_weight[C];
 #pragma unroll
                 for (int c = 0; c < C; c++) its_weight[c] = __shfl_sync(FULL, weight[c], at);
@@ -143,86 +179,77 @@ segments(const ROW* sorted, const i64* order, const float* d_dots, const float* 
                 const i64 its_token = __shfl_sync(FULL, token, at);
 #pragma unroll
                 for (int j = 0; j < NJ; j++) {
-                    const uint2 x = at == start[u] ? input[u][j] : input_at(here[j], pre_input, grad_out, its_token, keep);
-                    add_scaled(sum[u][j], pick(here[j], its_d_dot, its_weight), x);
+                    const uint2 x =
+                        at == start[a] ? input[a][j] : input_at(here[j], pre_input, grad_out, its_token, policy);
+                    add_scaled(sum[a][j], pick(here[j], its_d_dot, its_weight), x);
                 }
             }
-            if (end[u] == TILE && crosses && !tail_hot) {  // the segment ends in the next tile, which leaves it to us
-                for (i64 at = base + TILE; at < N && sorted[at] == last_row; at++) {
+            if (start[a] == last && goes_on) {
+                for (i64 at = base + 32; at < N && sorted[at] == last_row; at++) {
                     const unsigned int its_entry = (unsigned int)order[at];
                     float its_weight[C];
 #pragma unroll
-                    for (int c = 0; c < C; c++) its_weight[c] = V > 0 ? weights[(i64)its_entry * C + c] : 0.0f;
-                    const float its_d_dot = P > 0 ? d_dots[its_entry] : 0.0f;
+                    for (int c = 0; c < C; c++) its_weight[c] = V > 0 ? widen(weights[(i64)its_entry * C + c]) : 0.0f;
+                    const float its_d_dot = P > 0 ? widen(d_dots[its_entry]) : 0.0f;
 #pragma unroll
                     for (int j = 0; j < NJ; j++)
-                        add_scaled(sum[u][j], pick(here[j], its_d_dot, its_weight),
-                                   input_at(here[j], pre_input, grad_out, its_entry / (unsigned int)M, keep));
+                        add_scaled(sum[a][j], pick(here[j], its_d_dot, its_weight),
+                                   input_at(here[j], pre_input, grad_out, its_entry / (unsigned int)M, policy));
                 }
             }
 #pragma unroll
             for (int j = 0; j < NJ; j++)
-                if (home[u][j]) store_stream(home[u][j], sum[u][j]);
+                if (home[a][j]) store_stream(home[a][j], sum[a][j]);
         }
     }
 }
 
-// Adds the partial sums of FAN children in order: one warp per group of children and 128 columns.
-#define FAN 32
-#define AHEAD 4
+// Sums the partial sums of hot segments: a block for the segments that end in 32 tiles, and for 128 columns. Its warps take
+// equal parts of a segment's tiles.
+#define MERGE_WARPS 8
 
-extern "C" __global__ void __launch_bounds__(32)
-merge(const ROW* sorted, float* grad_pre_values, float* grad_values, const float* children, float* parents, i64 N,
-      i64 rows, i64 child_span, i64 child_count) {
-    const i64 group = blockIdx.x, first_child = group * FAN;
-    const int lane = threadIdx.x, quad = blockIdx.y * 32 + lane;
+extern "C" __global__ void __launch_bounds__(32 * MERGE_WARPS)
+merge(const ROW* sorted, float* grad_pre_values, float* grad_values, const float* partial, i64 N, i64 rows) {
+    __shared__ float4 parts[MERGE_WARPS][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = blockIdx.y * 32 + lane;
     const Columns here = columns_of(quad, 1, 0);
-    const i64 child = first_child + lane, begin = child * child_span;
-    const bool real = child < child_count;
-    const bool starts_hot = real && hot_boundary(sorted, begin, N);
-    const bool ends_hot = real && hot_boundary(sorted, begin + child_span, N);
-    const unsigned int heads = __ballot_sync(FULL, starts_hot), tails = __ballot_sync(FULL, ends_hot);
-    unsigned int wanted = heads | tails;
-    if (!wanted) return;
-    const ROW row = real ? sorted[begin] : (ROW)-1;
-    const i64 end = begin + child_span < N ? begin + child_span : N;
-    const unsigned int whole = __ballot_sync(FULL, real && sorted[end - 1] == row);
-    const unsigned int through = heads & tails & whole;  // children that lie inside one hot segment
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    bool inherited = false;
-    while (wanted) {
-        int at[AHEAD];
-        float4 head[AHEAD], tail[AHEAD];
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            at[a] = wanted ? __ffs(wanted) - 1 : -1;
-            wanted &= wanted - 1;
-            if (at[a] < 0 || here.table == 0) continue;
-            const float* from = children + (first_child + at[a]) * 2 * WIDTH + quad * 4;
-            if (heads >> at[a] & 1) head[a] = *(const float4*)from;
-            if ((tails & ~through) >> at[a] & 1) tail[a] = *(const float4*)(from + WIDTH);
-        }
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            if (at[a] < 0) continue;
-            const i64 its_row = __shfl_sync(FULL, row, at[a]);
-            if (heads >> at[a] & 1) {
-                add(sum, head[a]);
-                inherited |= at[a] == 0;
-                if (!(through >> at[a] & 1)) {
-                    if (here.table && inherited) *(float4*)(parents + group * 2 * WIDTH + quad * 4) = sum;
-                    if (here.table && !inherited && its_row >= 0 && its_row < rows) {
-                        float* home = gradient_at(here, grad_pre_values, grad_values, its_row);
-                        add(sum, *(const float4*)home);
-                        *(float4*)home = sum;
-                    }
-                    sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    inherited = false;
-                }
-            }
-            if ((tails & ~through) >> at[a] & 1) sum = tail[a];
-        }
+    const i64 my_begin = ((i64)blockIdx.x * 32 + lane) * TILE, my_end = min(my_begin + TILE, N);
+    bool ends = hot_boundary(sorted, my_begin, N);
+    if (ends) {  // not those that go through the whole tile
+        const ROW row = sorted[my_begin];
+        ends = row >= 0 && row < rows && !(my_end < N && sorted[my_end] == row);
     }
-    if ((tails >> (FAN - 1) & 1) && here.table)
-        *(float4*)(parents + (group * 2 + (inherited ? 0 : 1)) * WIDTH + quad * 4) = sum;
+    unsigned int wanted = __ballot_sync(FULL, ends);
+    while (wanted) {
+        const i64 end_tile = (i64)blockIdx.x * 32 + __ffs(wanted) - 1;
+        wanted &= wanted - 1;
+        const ROW row = sorted[end_tile * TILE];
+        i64 low = 0, high = end_tile * TILE;  // the first entry of the row lies in low..high
+        while (low < high) {
+            const i64 middle = (low + high) / 2;
+            if (sorted[middle] < row) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        const i64 first_tile = low / TILE, count = end_tile - first_tile;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (here.table) {
+            if (warp == 0) sum = *(const float4*)(partial + (first_tile * 2 + 1) * WIDTH + quad * 4);
+            const i64 from = first_tile + 1 + count * warp / MERGE_WARPS;
+            const i64 to = first_tile + 1 + count * (warp + 1) / MERGE_WARPS;
+#pragma unroll 8
+            for (i64 tile = from; tile < to; tile++) add(sum, *(const float4*)(partial + tile * 2 * WIDTH + quad * 4));
+        }
+        parts[warp][lane] = sum;
+        __syncthreads();
+        if (warp == 0 && here.table) {
+            for (int w = 1; w < MERGE_WARPS; w++) add(sum, parts[w][lane]);
+            float* home = gradient_at(here, grad_pre_values, grad_values, row);
+            add(sum, *(const float4*)home);
+            *(float4*)home = sum;
+        }
+        __syncthreads();
+    }
 }

@@ -1,7 +1,4 @@
-"""The tables' gradients from per-entry factors, whatever the implementation: by sorted segments, or by the reference.
-
-The sort of the entries needs only the indices, so it runs on a stream of its own beside the backward by token.
-"""
+"""The tables' gradients from per-entry factors, whatever the implementation: by sorted segments, or by the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ultramem_kernels.lookup import reference
+from ultramem_kernels.lookup import cuda_gradients, reference
 
 
 def sort_entries(
@@ -29,42 +26,17 @@ def sort_entries(
     return torch.sort(torch.where(missing, rows, local), stable=True)
 
 
-class Sorting:
-    """`sort_entries`, started at once and waited for by `result`."""
-
-    def __init__(self, indices_TM: torch.Tensor, rows: int, row_start: int, padding_index: int | None) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        if not indices_TM.is_cuda:
-            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
-            return
-        # High priority: its few blocks get their turn among the thousands of the backward by token.
-        self._stream = _high_priority_stream(indices_TM.device)
-        self._stream.wait_stream(torch.cuda.current_stream(indices_TM.device))
-        with torch.cuda.stream(self._stream):
-            self._result = sort_entries(indices_TM, rows, row_start, padding_index)
-        indices_TM.record_stream(self._stream)
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sorted rows, entry numbers), valid on the current stream."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._result[0].device)
-            current.wait_stream(self._stream)
-            for tensor in self._result:
-                tensor.record_stream(current)
-        return self._result
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _high_priority_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device, priority=-1)
-    return _streams[device]
+def sorted_entries(
+    backend: str, indices_TM: torch.Tensor, rows: int, row_start: int, padding_index: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sort_entries` by the backend: 'cuda' gives int32."""
+    if backend == "cuda":
+        return cuda_gradients.sort_entries(indices_TM, rows, row_start, padding_index)
+    return sort_entries(indices_TM, rows, row_start, padding_index)
 
 
 def add_sorted(
-    sorting: Sorting,
+    entries: tuple[torch.Tensor, torch.Tensor],
     backend: str,
     M: int,
     pre_values: tuple[Any, Any, Any],
@@ -72,12 +44,13 @@ def add_sorted(
     core_width: int,
     column_start: int,
 ) -> None:
-    """Adds (gradient, input, d_dot) of the pre-values and (gradient, grad_out, weights) of the values; None: absent."""
-    sorted_rows, order = sorting.result()
-    if backend == "cuda":
-        from ultramem_kernels.lookup import cuda
+    """Adds (gradient, input, d_dot) of the pre-values and (gradient, grad_out, weights) of the values; None: absent.
 
-        cuda.add_segments_(
+    `entries` from `sorted_entries`.
+    """
+    sorted_rows, order = entries
+    if backend == "cuda":
+        cuda_gradients.add_segments_(
             sorted_rows, order, M, None if pre_values[0] is None else pre_values, None if values[0] is None else values,
             core_width, column_start,
         )  # fmt: skip

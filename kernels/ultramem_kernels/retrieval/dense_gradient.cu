@@ -3,13 +3,10 @@
 //
 // Compile-time constants, given by cuda.py:
 //   FP16, WIDE  side scores are fp16 / fp32 (else bf16)
+//   CORE        type of the Tucker cores: float or half_t
 //   R, C, M     Tucker ranks, cores, pairs per token
 //   THREADS     32 (several tokens share a block) or more (a block per token)
 
-typedef unsigned short half_t;
-typedef long long i64;
-
-#define FULL 0xffffffffu
 #define TOKENS (THREADS == 32 ? 4 : 1)
 
 #if WIDE
@@ -18,20 +15,6 @@ typedef float side_t;
 typedef half_t side_t;
 #endif
 
-__device__ __forceinline__ side_t narrow(float x) {
-#if WIDE
-    return x;
-#else
-    half_t half;
-#if FP16
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
-#endif
-    return half;
-#endif
-}
-
 __device__ __forceinline__ void sync_token() {
     if (THREADS == 32) __syncwarp();
     else __syncthreads();
@@ -39,7 +22,7 @@ __device__ __forceinline__ void sync_token() {
 
 // `width`: keys per row of `grad_side`, a multiple of 8; rows start at multiples of 16 bytes.
 extern "C" __global__ void __launch_bounds__(THREADS * TOKENS)
-dense_gradient(const float* grad_scores, const float* kept, const float* cores, const int* keys, side_t* grad_side,
+dense_gradient(const float* grad_scores, const float* kept, const CORE* cores, const int* keys, side_t* grad_side,
                float* grad_cores, int T, int width) {
     __shared__ int key[TOKENS][2][M];
     __shared__ float part[TOKENS][2][R][M];
@@ -71,7 +54,7 @@ dense_gradient(const float* grad_scores, const float* kept, const float* cores, 
             for (int a = 0; a < R; a++) {
 #pragma unroll
                 for (int b = 0; b < R; b++) {
-                    const float core = cores[(c * R + a) * R + b];
+                    const float core = widen(cores[(c * R + a) * R + b]);
                     d_row[a] += slope * core * column[b];
                     d_column[b] += slope * core * row[a];
                     core_sum[(c * R + a) * R + b] += slope * row[a] * column[b];
@@ -114,7 +97,7 @@ dense_gradient(const float* grad_scores, const float* kept, const float* cores, 
                 for (int r = 0; r < R; r++) total[r] += same ? part[slot][s][r][other] : 0.0f;
             }
 #pragma unroll
-            for (int r = 0; r < R; r++) grad_side[(s * R + r) * line + token * width + mine] = narrow(total[r]);
+            for (int r = 0; r < R; r++) put(grad_side + (s * R + r) * line + token * width + mine, total[r]);
         }
     }
 }

@@ -4,14 +4,20 @@
 //   C, M     cores, selected pairs
 //   NW       warps per token, K <= 32 * NW
 //   CAP_M    numbers that may move to shared memory, a multiple of 32 * NW
-//   OUT      integer type of row indices
+//   NARROW   row indices are int (else i64)
 //   SHUFFLE  whether there is a permutation
+
+#if NARROW
+typedef int row_t;
+#else
+typedef i64 row_t;
+#endif
 
 #define THREADS (32 * NW)
 #define TOKENS (NW == 1 ? WARPS : 1)  // per block
 
 extern "C" __global__ void __launch_bounds__(THREADS * TOKENS)
-exact(const side_t* side, const int* candidates, const float* cores, const int* permutation, OUT* indices, float* scores,
+exact(const side_t* side, const int* candidates, const CORE* cores, const int* permutation, row_t* indices, float* scores,
       int* keys, float* kept, int T, int N, i64 stride_side, i64 stride_rank, i64 stride_token, i64 offset, i64 rows) {
     __shared__ int2 lists[TOKENS][CAP_M];
     __shared__ int chosen[TOKENS][M], row_key[TOKENS][THREADS], column_key[TOKENS][THREADS], scratch[NW];
@@ -28,8 +34,8 @@ exact(const side_t* side, const int* candidates, const float* cores, const int* 
     float weighted[R];
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        at_row[slot][r][thread] = thread < K ? read(rows_of + r * stride_rank + my_row) : 0.0f;
-        at_column[slot][r][thread] = thread < K ? read(columns_of + r * stride_rank + my_column) : 0.0f;
+        at_row[slot][r][thread] = thread < K ? widen(rows_of[ + r * stride_rank + my_row]) : 0.0f;
+        at_column[slot][r][thread] = thread < K ? widen(columns_of[ + r * stride_rank + my_column]) : 0.0f;
         weighted[r] = 0.0f;
     }
     threads.sync();
@@ -39,7 +45,7 @@ exact(const side_t* side, const int* candidates, const float* cores, const int* 
         for (int b = 0; b < R; b++) {
             float core = 0.0f;
 #pragma unroll
-            for (int c = 0; c < C; c++) core += cores[(c * R + a) * R + b];
+            for (int c = 0; c < C; c++) core += widen(cores[(c * R + a) * R + b]);
             weighted[b] += at_row[slot][a][thread] * core;
         }
     }
@@ -70,7 +76,7 @@ exact(const side_t* side, const int* candidates, const float* cores, const int* 
             for (int a = 0; a < R; a++) {
 #pragma unroll
                 for (int b = 0; b < R; b++)
-                    score += at_row[slot][a][i] * cores[(c * R + a) * R + b] * at_column[slot][b][j];
+                    score += at_row[slot][a][i] * widen(cores[(c * R + a) * R + b]) * at_column[slot][b][j];
             }
             scores[(token * M + m) * C + c] = score;
         }
@@ -79,6 +85,6 @@ exact(const side_t* side, const int* candidates, const float* cores, const int* 
         index = permutation[index];
 #endif
         index += offset;
-        indices[token * M + m] = (OUT)(index >= rows ? index % rows : index);
+        indices[token * M + m] = (row_t)(index >= rows ? index % rows : index);
     }
 }

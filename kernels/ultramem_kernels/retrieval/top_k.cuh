@@ -4,13 +4,10 @@
 //
 // Compile-time constants, given by cuda.py:
 //   FP16, WIDE   side scores are fp16 / fp32 (else bf16)
+//   CORE         type of the Tucker cores: float or half_t
 //   R, K         Tucker ranks, candidates per side
 
-typedef unsigned short half_t;
-typedef long long i64;
-
 #define WARPS 4
-#define FULL 0xffffffffu
 #define SMALLEST ((int)0x80000000)
 
 #if WIDE
@@ -18,24 +15,6 @@ typedef float side_t;
 #else
 typedef half_t side_t;
 #endif
-
-__device__ __forceinline__ float widen(unsigned int half) {
-#if FP16
-    float wide;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(wide) : "r"(half));
-    return wide;
-#else
-    return __uint_as_float(half << 16);
-#endif
-}
-
-__device__ __forceinline__ float read(const side_t* from) {
-#if WIDE
-    return *from;
-#else
-    return widen((unsigned int)*from);
-#endif
-}
 
 // 8 neighbouring side scores; `from` is a multiple of 16 bytes.
 __device__ __forceinline__ void read8(const side_t* from, float* wide) {
@@ -46,7 +25,7 @@ __device__ __forceinline__ void read8(const side_t* from, float* wide) {
     const uint4 packed = *(const uint4*)from;
     const unsigned int words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) wide[2 * i] = widen(words[i] & 0xffffu), wide[2 * i + 1] = widen(words[i] >> 16);
+    for (int i = 0; i < 4; i++) wide[2 * i] = low_half(words[i]), wide[2 * i + 1] = high_half(words[i]);
 #endif
 }
 

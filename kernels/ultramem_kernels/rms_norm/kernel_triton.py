@@ -25,13 +25,15 @@ def input_offsets(row, A, B, stride_g, stride_b, stride_a):
 
 @triton.jit
 def forward_kernel(
-    x, gain, y, total_rows, A, B, stride_g, stride_b, stride_a, D, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, gain, y, total_rows, A, B, B_OUT, stride_g, stride_b, stride_a, D, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Rows B..B_OUT-1 of the result are zero."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     mask = (row < total_rows)[:, None] & (columns < D)[None, :]
-    start = input_offsets(row, A, B, stride_g, stride_b, stride_a)
-    tile = tl.load(x + start[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    start = input_offsets(row, A, B_OUT, stride_g, stride_b, stride_a)
+    real = mask & (row % B_OUT < B)[:, None]
+    tile = tl.load(x + start[:, None] + columns[None, :], mask=real, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(tile * tile, axis=1) / D + eps)
     factor = tl.load(gain + columns, mask=columns < D, other=0.0).to(tl.float32)
     out = tile * scale[:, None] * factor[None, :]
@@ -40,7 +42,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, gain, grad_y, grad_x, grad_gain, total_rows, A, B, stride_g, stride_b, stride_a, D, eps,
+    x, gain, grad_y, grad_x, grad_gain, total_rows, A, B, B_OUT, stride_g, stride_b, stride_a, D, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """grad_x = scale * (g - xhat * mean(g * xhat)), g = grad_y * gain; gain's gradient as one partial per program."""
@@ -52,7 +54,8 @@ def backward_kernel(
         mask = (row < total_rows)[:, None] & (columns < D)[None, :]
         at = input_offsets(row, A, B, stride_g, stride_b, stride_a)[:, None] + columns[None, :]
         tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        slope_at = row.to(tl.int64)[:, None] * D + columns[None, :]
+        slope_at = (row // B).to(tl.int64) * B_OUT + row % B
+        slope_at = slope_at[:, None] * D + columns[None, :]
         slope = tl.load(grad_y + slope_at, mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(tile * tile, axis=1) / D + eps)
         normed = tile * scale[:, None]
@@ -71,14 +74,14 @@ def _tile(D: int) -> tuple[int, int]:
     return max(1, 2048 // block), block
 
 
-def forward(x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """[G, B, A, D] -> contiguous [G, A, B, D]."""
+def forward(x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, rows_out: int) -> torch.Tensor:
+    """[G, B, A, D] -> contiguous [G, A, rows_out, D]."""
     G, B, A, D = x_GBAD.shape
-    y = torch.empty(G, A, B, D, dtype=x_GBAD.dtype, device=x_GBAD.device)
+    y = torch.empty(G, A, rows_out, D, dtype=x_GBAD.dtype, device=x_GBAD.device)
     rows, block = _tile(D)
-    if x_GBAD.numel():
-        forward_kernel[(triton.cdiv(G * A * B, rows),)](
-            x_GBAD, gain_D, y, G * A * B, A, B, *x_GBAD.stride()[:3], D, eps, rows, block, num_warps=4
+    if y.numel():
+        forward_kernel[(triton.cdiv(G * A * rows_out, rows),)](
+            x_GBAD, gain_D, y, G * A * rows_out, A, B, rows_out, *x_GBAD.stride()[:3], D, eps, rows, block, num_warps=4
         )
     return y
 
@@ -86,7 +89,7 @@ def forward(x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Ten
 def backward(
     x_GBAD: torch.Tensor, gain_D: torch.Tensor, grad_GABD: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_x contiguous [G, B, A, D], grad_gain [D] fp32). `grad_GABD` contiguous."""
+    """(grad_x contiguous [G, B, A, D], grad_gain [D] fp32). `grad_GABD` contiguous, perhaps with more than B rows."""
     G, B, A, D = x_GBAD.shape
     grad_x = torch.empty(x_GBAD.shape, dtype=x_GBAD.dtype, device=x_GBAD.device)
     rows, block = _tile(D)
@@ -95,7 +98,7 @@ def backward(
     grad_gain = torch.empty(programs, D, dtype=torch.float32, device=x_GBAD.device)
     if x_GBAD.numel():
         backward_kernel[(programs,)](
-            x_GBAD, gain_D, grad_GABD, grad_x, grad_gain, G * A * B, A, B, *x_GBAD.stride()[:3], D, eps,
-            rows, block, repeat, num_warps=4,
+            x_GBAD, gain_D, grad_GABD, grad_x, grad_gain, G * A * B, A, B, grad_GABD.shape[2],
+            *x_GBAD.stride()[:3], D, eps, rows, block, repeat, num_warps=4,
         )  # fmt: skip
     return grad_x, grad_gain.sum(0)

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Optional
 
 import torch
 
 from ultramem_kernels.dispatch import choose, for_this_call
-from ultramem_kernels.rms_norm import reference
+from ultramem_kernels.rms_norm import cuda, reference
 
 
-def run_rms_norm_forward(x: torch.Tensor, gain: torch.Tensor, eps: float, backend: Optional[str]) -> torch.Tensor:
-    """Contiguous [G, A, B, D]."""
-    if choose(backend, x, lambda: False) == "reference":
-        return reference.rms_norm_swapped(x, gain, eps)
-    from ultramem_kernels.rms_norm import kernel_triton
+def _kernels(backend: str | None, x: torch.Tensor, gain: torch.Tensor) -> ModuleType | None:
+    """The module whose kernels run; None for the reference."""
+    chosen = choose(backend, x, lambda: cuda.supports(x, gain))
+    if chosen == "triton":
+        from ultramem_kernels.rms_norm import kernel_triton
 
-    return kernel_triton.forward(x, gain.contiguous(), eps)
+        return kernel_triton
+    return cuda if chosen == "cuda" else None
+
+
+def run_rms_norm_forward(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, rows_out: int, backend: Optional[str]
+) -> torch.Tensor:
+    """Contiguous [G, A, rows_out, D]."""
+    kernels = _kernels(backend, x, gain)
+    if kernels is None:
+        return reference.rms_norm_swapped(x, gain, eps, rows_out)
+    y: torch.Tensor = kernels.forward(x, gain, eps, rows_out)
+    return y
 
 
 rms_norm_forward = torch.library.custom_op("ultramem::rms_norm_forward", mutates_args=())(run_rms_norm_forward)
 
 
 @rms_norm_forward.register_fake
-def _(x, gain, eps, backend):  # type: ignore[no-untyped-def]
-    G, B, A, D = x.shape
-    return x.new_empty(G, A, B, D)
+def _(x, gain, eps, rows_out, backend):  # type: ignore[no-untyped-def]
+    G, _, A, D = x.shape
+    return x.new_empty(G, A, rows_out, D)
 
 
 def run_rms_norm_backward(
     x: torch.Tensor, gain: torch.Tensor, grad: torch.Tensor, eps: float, backend: Optional[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of x [G, B, A, D], gradient of the gain [D])."""
-    if choose(backend, x, lambda: False) == "reference":
+    kernels = _kernels(backend, x, gain)
+    if kernels is None:
         return reference.backward_swapped(x, gain, grad, eps)
-    from ultramem_kernels.rms_norm import kernel_triton
-
-    grad_x, grad_gain = kernel_triton.backward(x, gain.contiguous(), grad, eps)
+    grad_x, grad_gain = kernels.backward(x, gain, grad, eps)
     return grad_x, grad_gain.to(gain.dtype)
 
 
@@ -50,32 +62,56 @@ def _(x, gain, grad, eps, backend):  # type: ignore[no-untyped-def]
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, backend: str | None) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        eps: float,
+        rows_out: int,
+        known: tuple[torch.Tensor] | None,
+        backend: str | None,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps, ctx.backend = eps, backend
-        return for_this_call(rms_norm_forward, run_rms_norm_forward)(x, gain, eps, backend)
+        if known is not None:
+            return known[0].detach()
+        return for_this_call(rms_norm_forward, run_rms_norm_forward)(x, gain, eps, rows_out, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, gain = ctx.saved_tensors
-        return (
-            *for_this_call(rms_norm_backward, run_rms_norm_backward)(x, gain, grad.contiguous(), ctx.eps, ctx.backend),
-            None,
-            None,
-        )
+        backward = for_this_call(rms_norm_backward, run_rms_norm_backward)
+        grad_x, grad_gain = backward(x, gain, grad.contiguous(), ctx.eps, ctx.backend)
+        return grad_x, grad_gain, None, None, None, None
 
 
 def rms_norm_swapped(
-    x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, *, backend: str | None = None
+    x_GBAD: torch.Tensor,
+    gain_D: torch.Tensor,
+    eps: float,
+    *,
+    rows_multiple: int = 1,
+    known: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """RMS norm over D of `x` [G, B, A, D], written as contiguous [G, A, B, D] in the dtype of `x`.
 
     Queries [T, 2*R*Dk] as view(1, T, 2*R, Dk) give [1, 2*R, T, Dk], which views as query_SRTD; keys [2, n, R, Dk] give
     key_SRND. `x` may have any strides as long as D is contiguous.
+
+    rows_multiple  the result has zeros after its B rows, up to a multiple: `retrieve` then need not pad the keys
+    known          what an earlier call gave for the same x and gain: it is returned again and only the backward runs,
+                   so that keys are normalised once per step, whatever the number of micro-batches
     """
     if x_GBAD.dim() != 4 or gain_D.shape != x_GBAD.shape[-1:]:
         raise ValueError(f"x {tuple(x_GBAD.shape)} must be [G, B, A, D] and the gain {tuple(gain_D.shape)} [D]")
-    if x_GBAD.stride(-1) != 1:
+    G, B, A, D = x_GBAD.shape
+    rows_out = -(-B // rows_multiple) * rows_multiple
+    if known is not None and (known.shape != (G, A, rows_out, D) or known.dtype != x_GBAD.dtype):
+        raise ValueError(f"known {tuple(known.shape)} {known.dtype} is not the norm of x {tuple(x_GBAD.shape)}")
+    if x_GBAD.stride(3) != 1:
         x_GBAD = x_GBAD.contiguous()
-    return _RmsNorm.apply(x_GBAD, gain_D, eps, backend)
+    return _RmsNorm.apply(
+        x_GBAD, gain_D.contiguous(), eps, rows_out, None if known is None else (known,), backend
+    )  # fmt: skip
