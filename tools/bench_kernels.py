@@ -3,8 +3,10 @@
     python tools/bench_kernels.py [--cases 227m,decode] [--quick]
 
 Every timing is the median over replays of a CUDA graph that holds several calls on different indices, so it contains
-neither launch gaps nor a warm cache (a case's rows are many times the L2 cache). A shape whose result is wrong is not
-reported: the program ends with an error that names it.
+neither launch gaps nor a warm cache (a case's rows are many times the L2 cache). Replays follow each other without a gap,
+after 100 ms of them that do not count: a GPU that was idle runs memory-bound kernels 15 % slower for some milliseconds.
+`host_ms` is the time that Python takes to launch a call. A case whose result is wrong is not reported: its rows are
+dropped, the other cases go on, and the program ends with an error that names it.
 
 Rows of the result: {"case", "metric", "value", "unit"}. Metrics ending in `_floor_ms` are counted: bytes over the
 measured copy bandwidth, or FLOPs over the measured rate of a large bf16 matrix product, whichever is longer.
@@ -13,14 +15,17 @@ measured copy bandwidth, or FLOPs over the measured rate of a large bf16 matrix 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from ultramem_kernels import lookup, retrieve, rms_norm_swapped
+from ultramem_kernels import lookup, pre_value_dot, retrieve, rms_norm_swapped, search, weighted_sum
 from ultramem_kernels.lookup import reference as lookup_reference
 from ultramem_kernels.retrieval import reference as retrieval_reference
 
@@ -61,17 +66,27 @@ class WrongResult(RuntimeError):
 
 
 class Results:
-    """Rows of the result file, printed as they come."""
+    """Rows of the result file, printed as they come; cases whose results are wrong lose theirs."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.wrong: list[str] = []
 
     def add(self, case: str, metric: str, value: float, unit: str) -> None:
         self.rows.append(Row(case, metric, round(value, 5), unit))
         print(f"{case:34s} {metric:42s} {value:12.4f} {unit}", flush=True)
 
+    def case(self, case: str, bench: Callable[..., None], *arguments: object) -> None:
+        """`bench(results, *arguments)`; if it finds a wrong result nothing of the case is reported."""
+        try:
+            bench(self, *arguments)
+        except WrongResult as error:
+            self.wrong.append(str(error))
+            self.rows = [row for row in self.rows if row.case != case]
+            print(f"{case}: {error}; dropped", flush=True)
 
-def timed_ms(calls: list[Callable[[], object]], replays: int = 15) -> float:
+
+def timed_ms(calls: list[Callable[[], object]], repeats: int = 5, warm_up_ms: float = 100.0) -> float:
     """Median time of one call, from replays of a graph that holds all calls once."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -82,15 +97,32 @@ def timed_ms(calls: list[Callable[[], object]], replays: int = 15) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    once = _replays_ms(graph, 2)
+    _replays_ms(graph, int(warm_up_ms / once) + 1)
+    number = int(20 / once) + 1
+    return statistics.median(_replays_ms(graph, number) for _ in range(repeats)) / len(calls)
+
+
+def _replays_ms(graph: torch.cuda.CUDAGraph, number: int) -> float:
+    """Mean time of a replay, of `number` behind each other."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(number):
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
+    end.record()
+    end.synchronize()
+    return max(start.elapsed_time(end) / number, 1e-4)
+
+
+def host_ms(call: Callable[[], object], calls: int = 8, repeats: int = 7) -> float:
+    """Median time that the host takes to launch a call; few at a time, so that the GPU's queue never fills."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e3)
     return statistics.median(times)
 
 
@@ -185,8 +217,15 @@ class Layer:
         )  # fmt: skip
 
     def __call__(self, x_TH: torch.Tensor, deterministic: bool = False, backend: str | None = None) -> torch.Tensor:
-        keys = self.key_SRND if self.key_SRND is not None else self.normalised_keys(backend)
-        indices, scores, _ = self.retrieve(self.queries(x_TH, backend), keys, backend)
+        s = self.shape
+        if self.key_SRND is not None:
+            indices, scores, _ = self.retrieve(self.queries(x_TH, backend), self.key_SRND, backend)
+        else:
+            query_TQD = F.linear(x_TH, self.query_proj).view(len(x_TH), 2 * s.ranks, s.key_dim)
+            indices, scores, _ = search(
+                query_TQD, self.keys, self.gain, self.gain, self.leading, self.cores, eps=1e-5, coarse_k=s.coarse_k,
+                top_m=s.m, rows=s.rows, offset=17, permutation=self.permutation, backend=backend,
+            )  # fmt: skip
         pooled = lookup(
             indices, scores, F.linear(x_TH, self.pre_proj), self.values, self.pre_values, deterministic=deterministic,
             backend=backend,
@@ -347,10 +386,12 @@ def bench_layer(results: Results, ceilings: Ceilings, case: str, shape: Shape, t
         results.add(case, "layer_forward_floor_ms", layer_floor, "ms")
         results.add(case, "layer_forward_of_floor", layer_time / layer_floor, "x")
         results.add(case, "layer_forward_eager_ms", eager_ms(lambda: layer(inputs[0])), "ms")
+    results.add(case, "layer_forward_host_ms", host_ms(lambda: layer(inputs[0])), "ms")
+    with torch.no_grad():
         indices = layer.retrieve(queries[0], keys)[0]
         if compare:
             few = max(1, s.tokens // 8)  # the reference's temporaries do not fit at once
-            part = timed_ms([lambda: layer.retrieve(queries[0][:, :, :few], keys, "reference")], 5)
+            part = timed_ms([lambda: layer.retrieve(queries[0][:, :, :few], keys, "reference")], 3)
             results.add(case, "reference_retrieval_forward_ms", part * s.tokens / few, "ms")
             results.add(case, "torch_topk_one_side_ms", topk_ms(layer, queries[0], keys), "ms")
     distinct = indices.unique().numel()
@@ -374,6 +415,7 @@ def bench_layer(results: Results, ceilings: Ceilings, case: str, shape: Shape, t
         results.add(case, f"layer_forward_backward{name}_of_floor", time / (layer_floor + backward_floor), "x")
     results.add(case, "layer_forward_backward_floor_ms", layer_floor + backward_floor, "ms")
     results.add(case, "layer_forward_backward_eager_ms", eager_ms(step(False)), "ms")
+    results.add(case, "layer_forward_backward_host_ms", host_ms(step(False)), "ms")
 
 
 def topk_ms(layer: Layer, query_SRTD: torch.Tensor, key_SRND: torch.Tensor) -> float:
@@ -417,6 +459,37 @@ def bench_decode(results: Results, shape: Shape, tables: tuple[torch.Tensor, tor
             results.add("decode", f"layer_t{tokens}_us", timed_ms([run]) * 1000 / len(layers), "us")
 
 
+def bench_partial(results: Results, ceilings: Ceilings, case: str, shape: Shape, ranks: int) -> None:
+    """What a rank of memory-parallel by columns computes: dots and weighted sums over its columns, of all ranks' tokens."""
+    s, T, width = shape, shape.tokens * ranks, shape.value_dim // ranks
+    (table, _), generator = make_tables(s.rows, width, 8, True), torch.Generator("cuda").manual_seed(0)
+    plain = table.detach()
+    sets = [torch.randint(0, s.keys**2, (T, s.m), device="cuda", dtype=torch.int32, generator=generator) for _ in "123"]
+    x = torch.randn(T, width, device="cuda", dtype=DTYPE, generator=generator)
+    weights = torch.randn(T, s.m, 1, device="cuda", dtype=DTYPE, generator=generator)
+    grad_dots = weights[..., 0].contiguous()
+    some = slice(0, 64)
+    wanted = lookup_reference.pre_value_dot(sets[0][some], x[some].double(), plain.double())
+    check(f"{case}: dots", pre_value_dot(sets[0], x, plain)[some], wanted, 1e-3)
+    wanted = lookup_reference.weighted_sum(sets[0][some], weights[some].double(), plain.double(), width)
+    check(f"{case}: weighted sum", weighted_sum(sets[0], weights, plain, core_width=width)[some], wanted, 5e-3)
+    backward = torch.ops.ultramem.lookup_backward
+    rest = "none", width, 0, 0, None, False, None
+    calls = {
+        "dots_forward": lambda i: pre_value_dot(i, x, plain),
+        "sum_forward": lambda i: weighted_sum(i, weights, plain, core_width=width),
+        "dots_backward": lambda i: backward(i, None, x, None, plain, grad_dots, None, table.main_grad, *rest),
+        "sum_backward": lambda i: backward(i, weights, None, plain, None, x, table.main_grad, None, *rest),
+    }  # fmt: skip
+    distinct = sets[0].unique().numel()
+    forward_bytes = T * s.m * (width * 2 + 4 + 4) + T * width * 2
+    for name, call in calls.items():
+        time = timed_ms([functools.partial(call, i) for i in sets])
+        floor = ceilings.floor_ms(forward_bytes + ("backward" in name) * distinct * width * 8)
+        results.add(case, f"{name}_ms", time, "ms")
+        results.add(case, f"{name}_of_floor", time / floor, "x")
+
+
 def bench_sweep(results: Results, ceilings: Ceilings, quick: bool) -> None:
     """Lookups over tokens, m, widths and rows, uniform and Zipf."""
     base = {"keys": 1 << 12, "key_dim": 64, "coarse_k": 32, "hidden": 64}
@@ -430,14 +503,14 @@ def bench_sweep(results: Results, ceilings: Ceilings, quick: bool) -> None:
         tables = make_tables(rows, value_dim, pre_value_dim, True)
         for name, make_rows in (("uniform", uniform_rows), ("zipf", zipf_rows)):
             case = f"T{tokens}_m{m}_Dv{value_dim}_Dp{pre_value_dim}_{rows // 1000}k_{name}"
-            bench_lookup(results, ceilings, case, shape, make_rows, tables, False)
+            results.case(case, bench_lookup, ceilings, case, shape, make_rows, tables, False)
         del tables
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file kernels_<gpu>.json")
-    parser.add_argument("--cases", default="227m,227m_zipf,decode,120b,sweep", help="comma-separated")
+    parser.add_argument("--cases", default="227m,227m_zipf,decode,partial,120b,sweep", help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="two sweep shapes, no comparisons")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -450,25 +523,30 @@ def main() -> None:
         tables = make_tables(shape.rows, shape.value_dim, shape.pre_value_dim, True)
         if "227m" in cases:
             results.add("227m", "copy_gb_s", ceilings.copy_gb_s, "GB/s")
-            bench_lookup(results, ceilings, "227m", shape, uniform_rows, tables, not args.quick)
-            bench_layer(results, ceilings, "227m", shape, tables, not args.quick)
+            results.case("227m", bench_lookup, ceilings, "227m", shape, uniform_rows, tables, not args.quick)
+            results.case("227m", bench_layer, ceilings, "227m", shape, tables, not args.quick)
             write_results(args.out, "kernels", results.rows)
         if "227m_zipf" in cases:
-            bench_lookup(results, ceilings, "227m_zipf", shape, zipf_rows, tables, False)
+            results.case("227m_zipf", bench_lookup, ceilings, "227m_zipf", shape, zipf_rows, tables, False)
         if "decode" in cases:
-            bench_decode(results, shape, tables)
+            results.case("decode", bench_decode, shape, tables)
             write_results(args.out, "kernels", results.rows)
         del tables
+    if "partial" in cases:
+        results.case("227m_columns_of_2", bench_partial, ceilings, "227m_columns_of_2", SHAPES["227m"], 2)
+        write_results(args.out, "kernels", results.rows)
     if "120b" in cases:
         shape = SHAPES["120b"]
         tables = make_tables(shape.rows, shape.value_dim, shape.pre_value_dim, True)
-        bench_lookup(results, ceilings, "120b", shape, uniform_rows, tables, False)
-        bench_layer(results, ceilings, "120b", shape, tables, False)
+        results.case("120b", bench_lookup, ceilings, "120b", shape, uniform_rows, tables, False)
+        results.case("120b", bench_layer, ceilings, "120b", shape, tables, False)
         write_results(args.out, "kernels", results.rows)
         del tables
     if "sweep" in cases:
         bench_sweep(results, ceilings, args.quick)
     write_results(args.out, "kernels", results.rows)
+    if results.wrong:
+        sys.exit("\n".join(("wrong results, not reported:", *results.wrong)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ says what it computes: `lookup.reference`, `retrieval.reference`, `rms_norm.refe
 
 from ultramem_kernels.lookup.ops import lookup, pre_value_dot, weighted_sum
 from ultramem_kernels.retrieval.ops import retrieve
+from ultramem_kernels.retrieval.search import KeptKeys, search
 from ultramem_kernels.rms_norm.ops import rms_norm_swapped
 from ultramem_kernels.settings import configure
 
-__all__ = ["configure", "lookup", "pre_value_dot", "retrieve", "rms_norm_swapped", "weighted_sum"]
+__all__ = [
+    "KeptKeys", "configure", "lookup", "pre_value_dot", "retrieve", "rms_norm_swapped", "search", "weighted_sum",
+]  # fmt: skip

@@ -12,7 +12,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from ultramem_kernels.settings import settings
 
-
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 # Names in the sources.
 C_TYPES = {
     torch.int32: "int",
@@ -97,13 +97,13 @@ def compile_source(source: str, options: tuple[str, ...]) -> bytes:
     return cubin.raw
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_supported(device: torch.device) -> bool:
     """Whether it is an NVIDIA GPU of compute capability 8.0 or higher."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -116,7 +116,7 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@lru_cache(maxsize=None)
+@cache
 def read_source(*paths: Path) -> str:
     """Texts of the files, with halves.cuh in front."""
     return "\n".join(path.read_text() for path in (Path(__file__).parent / "halves.cuh", *paths))
@@ -126,7 +126,8 @@ class Kernel:
     """One kernel of a compiled source, ready to run.
 
     `kernel(grid, threads, *arguments)` launches it on the current stream of its device; grid is (x, y). Arguments go by
-    the kernel's signature, one letter each as in `struct`: P pointer (an address, 0 for none), i int, q long long, f float.
+    the kernel's signature, one letter each as in `struct`: P pointer (an address, 0 for none), i int, q long long,
+    f float.
     """
 
     __slots__ = ("_device", "_function", "_launch", "_name", "_pack", "_size", "_size_at")
@@ -138,13 +139,20 @@ class Kernel:
         self._size_at = ctypes.addressof(self._size)
         self._launch = _launcher()
 
-    def __call__(self, grid: tuple[int, int], threads: int, *arguments: int) -> None:
+    def __call__(self, grid: tuple[int, int], threads: int, *arguments: float) -> None:
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                return self(grid, threads, *arguments)
+                self(grid, threads, *arguments)
+            return
         packed = _Arguments(1, self._pack(*arguments), 2, self._size_at, None)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        code = self._launch(self._function, grid[0], grid[1], 1, threads, 1, 1, 0, stream, None, ctypes.byref(packed))
+        arguments_at = ctypes.byref(packed)
+        code = self._launch(self._function, grid[0], grid[1], 1, threads, 1, 1, 0, stream, None, arguments_at)
+        if (
+            code == NO_CONTEXT
+        ):  # the first use of the GPU in this thread (autograd has its own): the runtime makes it current
+            torch.cuda.set_device(self._device)
+            code = self._launch(self._function, grid[0], grid[1], 1, threads, 1, 1, 0, stream, None, arguments_at)
         if code:
             _check(code, f"launching kernel {self._name} on a grid of {grid}")
 

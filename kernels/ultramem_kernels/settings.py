@@ -28,8 +28,8 @@ settings = Settings()
 def configure(*, autotune: bool | None = None, cache_folder: Path | str | None = None) -> None:
     """Changes the settings given for this process.
 
-    autotune      time alternatives once per shape (the default) or choose by fixed rules. Calls with `deterministic=True`
-                  never time anything and never read timings
+    autotune      time alternatives once per shape (the default) or choose by fixed rules. Calls with
+                  `deterministic=True` never time anything and never read timings
     cache_folder  a folder; it is made when something is first written to it
     """
     if autotune is not None:

@@ -1,8 +1,8 @@
 """Autotuning: which of several implementations is fastest for a shape, measured once and remembered on disk.
 
-Timings are kept in one JSON file per GPU model and set of versions, in the folder that `configure` names. A shape that was
-never measured is measured where that is possible (not while a CUDA graph is being captured, not with autotuning off);
-otherwise the first alternative runs, which callers order by a rule.
+Choices are kept in one JSON file per GPU model and set of versions, in the folder that `configure` names. A shape that
+was never measured is measured where that is possible (not while a CUDA graph is being captured, not with autotuning
+off); otherwise the first alternative runs, which callers order by a rule.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Tuner:
         self._seen: dict[tuple[object, ...], str] = {}
 
     def choose(
-        self, operation: str, shape: tuple[object, ...], names: Sequence[str], run: Callable[[str], object], measure: bool
+        self,
+        operation: str,
+        shape: tuple[object, ...],
+        names: Sequence[str],
+        run: Callable[[str], object],
+        measure: bool,
     ) -> str:
         """The name among `names` to run: the fastest known; else, with `measure`, the fastest now; else the first.
 
@@ -54,7 +59,7 @@ class Tuner:
         if self._chosen is None:
             self._chosen = _read(self.path)
         key = f"{operation} {' '.join(map(str, shape))}"
-        known = self._chosen.get(key)
+        known = self._chosen.get(key, "")
         if known in names:
             return self._seen.setdefault((operation, *shape), known)
         if not measure:
@@ -66,17 +71,17 @@ class Tuner:
         return self._seen.setdefault((operation, *shape), best)
 
 
-_tuners: dict[tuple[torch.device, Path], Tuner] = {}
+_tuners: dict[tuple[torch.device, Path | None], Tuner] = {}
 
 
 def choose(
     device: torch.device, operation: str, shape: tuple[object, ...], names: Sequence[str], run: Callable[[str], object]
 ) -> str:
     """`Tuner.choose` of the device, within what `configure` allows."""
-    folder = settings.folder()
-    tuner = _tuners.get((device, folder))
+    key = device, settings.cache_folder
+    tuner = _tuners.get(key)
     if tuner is None:
-        tuner = _tuners[device, folder] = Tuner(folder / file_name(device), time_on_gpu)
+        tuner = _tuners[key] = Tuner(settings.folder() / file_name(device), time_on_gpu)
     measure = settings.autotune and not torch.cuda.is_current_stream_capturing()
     return tuner.choose(operation, shape, names, run, measure)
 
@@ -84,7 +89,9 @@ def choose(
 def file_name(device: torch.device) -> str:
     """Of the timings: they hold for one GPU model and one set of versions."""
     parts = (torch.cuda.get_device_name(device), f"torch-{torch.__version__}", f"v{VERSION}")
-    return "tuned_" + "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in part) for part in parts) + ".json"
+    return (
+        "tuned_" + "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in part) for part in parts) + ".json"
+    )
 
 
 def time_on_gpu(call: Callable[[], object]) -> float:

@@ -122,6 +122,9 @@ class MemoryLayer(nn.Module, ABC):
     def refresh(self) -> None:
         """Recomputes what follows from the parameters; once per optimizer step, before it."""
 
+    def begin_step(self) -> None:
+        """Parameters stay as they are until `end_step`; once per optimizer step."""
+
     def end_step(self) -> None:
         """Takes up what the micro-batches of a step left; once per optimizer step, after it. May be a collective."""
 

@@ -8,8 +8,10 @@ Shapes: as in `lookup.py` and `retrieval.py`; K keys selected per side and head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from ultramem_kernels import retrieve, rms_norm_swapped
+from ultramem_kernels import KeptKeys, rms_norm_swapped, search
 from ultramem_kernels.lookup.ops import run_lookup_backward, run_lookup_forward
 
 PADDING = -1  # the index that means no row
@@ -192,38 +194,50 @@ def fused_norms(
 
 
 def fused_search(
-    query_HSRTD: torch.Tensor,
-    key_HSRND: torch.Tensor,
+    query_TQ: torch.Tensor,
+    keys_HSNRD: torch.Tensor,
+    query_gain: torch.Tensor,
+    key_gain: torch.Tensor,
     leading_HSR: torch.Tensor,
     cores_HCRR: torch.Tensor,
     *,
+    eps: float,
     coarse_k: int,
     top_m: int,
     permutation: torch.Tensor | None,
     row_offset: int,
     rows: int,
+    kept_keys: Sequence[KeptKeys] | None,
     known_keys: tuple[torch.Tensor, ...] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Physical rows [T, H*M], scores [T, H*M, C] (with gradients) and the selected keys of every head.
+    """Of queries and keys before their norms: physical rows [T, H*M], scores [T, H*M, C] (with gradients) and the
+    selected keys of every head.
 
-    Giving the keys back as `known_keys` skips the selection (recomputation).
+    `kept_keys`: of every head, where normalised keys are kept between micro-batches. Giving the selected keys back as
+    `known_keys` skips the selection (recomputation).
     """
+    heads, D = keys_HSNRD.shape[0], keys_HSNRD.shape[4]
+    query_THQD = query_TQ.view(query_TQ.shape[0], heads, -1, D)
     found = [
-        retrieve(
-            query_HSRTD[head],
-            key_HSRND[head],
+        search(
+            query_THQD[:, head],
+            keys_HSNRD[head],
+            query_gain,
+            key_gain,
             leading_HSR[head],
             cores_HCRR[head],
+            eps=eps,
             coarse_k=coarse_k,
             top_m=top_m,
             permutation=permutation,
             offset=row_offset,
             rows=rows,
+            kept_keys=None if kept_keys is None else kept_keys[head],
             known_keys_STM=None if known_keys is None else known_keys[head],
         )
-        for head in range(query_HSRTD.shape[0])
+        for head in range(heads)
     ]
     heads_rows, heads_scores, heads_keys = zip(*found, strict=True)
-    if len(found) == 1:
+    if heads == 1:
         return heads_rows[0], heads_scores[0], heads_keys
     return torch.cat(heads_rows, dim=1), torch.cat(heads_scores, dim=1), heads_keys

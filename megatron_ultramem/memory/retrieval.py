@@ -12,8 +12,8 @@ head (per token in `indices_TM` and `scores_TMC`, where M = heads * top_m), C co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from megatron_ultramem.memory.fp32_buffers import Fp32Buffers
 from megatron_ultramem.memory.init import Constant, Normal, Uniform
 from megatron_ultramem.memory.numerics import accumulation_dtype, bmm_accumulated, tokens_per_chunk
+
+if TYPE_CHECKING:
+    from ultramem_kernels import KeptKeys
 
 
 def side_scores(query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor) -> torch.Tensor:
@@ -159,6 +162,7 @@ class TuckerRetrieval(Fp32Buffers):
 
     u: torch.Tensor
     t: torch.Tensor
+    _kept_keys: list[KeptKeys] | None
 
     def __init__(
         self,
@@ -195,6 +199,8 @@ class TuckerRetrieval(Fp32Buffers):
         self.key_gain = parameter(Constant(gain), key_dim)
         self.register_buffer("u", torch.zeros(num_heads, tucker_rank, dtype=torch.float32, device=device))
         self.register_buffer("t", torch.zeros(num_heads, tucker_rank, dtype=torch.float32, device=device))
+        self._join_leading()
+        self._kept_keys = None
 
     @property
     def query_width(self) -> int:
@@ -225,6 +231,44 @@ class TuckerRetrieval(Fp32Buffers):
         key_HSRND = self._norm(self.keys, self.key_gain).transpose(2, 3)
         return query_HSRTD.expand(-1, -1, self.tucker_rank, -1, -1), key_HSRND
 
+    def fused_search(
+        self,
+        query_TQ: torch.Tensor,
+        *,
+        permutation: torch.Tensor | None,
+        row_offset: int,
+        rows: int,
+        known_keys: tuple[torch.Tensor, ...] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """By the kernels: physical rows [T, M], scores [T, M, C], selected keys of every head; see `fused.py`."""
+        from megatron_ultramem.memory.fused import fused_search
+
+        return fused_search(
+            query_TQ,
+            self.keys,
+            self.query_gain,
+            self.key_gain,
+            self.leading(),
+            self.cores,
+            eps=self.norm_eps,
+            coarse_k=self.coarse_k,
+            top_m=self.top_m,
+            permutation=permutation,
+            row_offset=row_offset,
+            rows=rows,
+            kept_keys=self._kept_keys,
+            known_keys=known_keys,
+        )
+
+    def keep_keys(self, keep: bool) -> None:
+        """From now on (keep) the kernels normalise the keys in the next forward only, and the following ones take that
+        over: keys and gain must not change until `keep_keys` is called again."""
+        self._kept_keys = None
+        if self.fused and keep:
+            from ultramem_kernels import KeptKeys
+
+            self._kept_keys = [KeptKeys() for _ in range(self.num_heads)]
+
     def select(self, query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both passes, without gradient: selected keys [H, S, T, M] and their side scores [H, S, R, T, M]."""
         return select(query_HSRTD, key_HSRND, self.summed_cores(), self.leading(), self.coarse_k, self.top_m)
@@ -245,8 +289,8 @@ class TuckerRetrieval(Fp32Buffers):
         return (rows_HTM * self.keys_per_side + columns_HTM).transpose(0, 1).flatten(1)
 
     def leading(self) -> torch.Tensor:
-        """(u, t) as [H, 2, R] fp32."""
-        return torch.stack((self.u, self.t), dim=1)
+        """(u, t) as [H, 2, R] fp32: always the same tensor, so that captured CUDA graphs see what `refresh` writes."""
+        return self._leading
 
     def summed_cores(self) -> torch.Tensor:
         """Sum of the cores [H, R, R] in the accumulation dtype, detached."""
@@ -260,6 +304,16 @@ class TuckerRetrieval(Fp32Buffers):
         dtype = accumulation_dtype(x.dtype)
         normed = F.rms_norm(x.to(dtype), (self.key_dim,), gain.to(dtype), self.norm_eps)
         return normed.to(self.keys.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TuckerRetrieval:
+        super()._apply(fn, recurse)
+        self._join_leading()
+        return self
+
+    def _join_leading(self) -> None:
+        """u and t become views of one tensor."""
+        self._leading = torch.stack((self.u, self.t), dim=1)
+        self._buffers["u"], self._buffers["t"] = self._leading[:, 0], self._leading[:, 1]
 
 
 @torch.no_grad()

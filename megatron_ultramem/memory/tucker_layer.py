@@ -54,19 +54,33 @@ class TuckerLayer(MemoryLayer):
         """Recomputes u and t."""
         self.retrieval.refresh()
 
+    def begin_step(self) -> None:
+        """Keys are normalised once in a step."""
+        self.retrieval.keep_keys(True)
+
+    def end_step(self) -> None:
+        self.retrieval.keep_keys(False)
+
     def reset_parameters(self, seed: int) -> None:
         self.retrieval.u.zero_()  # a new start has no sign to keep
         self.retrieval.t.zero_()
         super().reset_parameters(seed)
 
     def _forward(self, x_TH: torch.Tensor, kept: Kept) -> torch.Tensor:
-        retrieval = self.retrieval
-        query_HSRTD, key_HSRND = retrieval.normalised(self.query_proj(x_TH))
-        search = self._fused_search if retrieval.fused else self._search
-        rows_TM, scores_TMC = search(query_HSRTD, key_HSRND, kept)
+        retrieval, query_TQ = self.retrieval, self.query_proj(x_TH)
+        if retrieval.fused:
+            rows_TM, scores_TMC, kept.fused_keys = retrieval.fused_search(
+                query_TQ,
+                permutation=self.permutation,
+                row_offset=self.row_offset,
+                rows=self.row_span,
+                known_keys=kept.fused_keys,
+            )
+        else:
+            rows_TM, scores_TMC = self._search(*retrieval.normalised(query_TQ), kept)
         out_TH = self.output(x_TH, rows_TM, scores_TMC)
         if self.training and torch.is_grad_enabled():
-            out_TH = self._with_auxiliary_losses(out_TH, query_HSRTD, key_HSRND, kept)
+            out_TH = self._with_auxiliary_losses(out_TH, query_TQ, kept)
         return out_TH
 
     def _search(
@@ -79,35 +93,11 @@ class TuckerLayer(MemoryLayer):
         scores_TMC = retrieval.score_at(query_HSRTD, key_HSRND, kept.keys_HSTM, known_HSRTM)
         return self._rows(retrieval.grid_indices(kept.keys_HSTM)), scores_TMC
 
-    def _fused_search(
-        self, query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, kept: Kept
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_search` by the kernels."""
-        from megatron_ultramem.memory.fused import fused_search
-
-        retrieval = self.retrieval
-        rows_TM, scores_TMC, kept.fused_keys = fused_search(
-            query_HSRTD,
-            key_HSRND,
-            retrieval.leading(),
-            retrieval.cores,
-            coarse_k=retrieval.coarse_k,
-            top_m=retrieval.top_m,
-            permutation=self.permutation,
-            row_offset=self.row_offset,
-            rows=self.row_span,
-            known_keys=kept.fused_keys,
-        )
-        return rows_TM, scores_TMC
-
-    def _with_auxiliary_losses(
-        self, out_TH: torch.Tensor, query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, kept: Kept
-    ) -> torch.Tensor:
+    def _with_auxiliary_losses(self, out_TH: torch.Tensor, query_TQ: torch.Tensor, kept: Kept) -> torch.Tensor:
         config, retrieval = self.config, self.retrieval
         if config.balance_loss_coeff > 0:
             loss, kept.counts_HSN = balance_loss(
-                query_HSRTD,
-                key_HSRND,
+                *retrieval.normalised(query_TQ),
                 retrieval.leading(),
                 retrieval.coarse_k,
                 tokens_group=self.tokens_group,

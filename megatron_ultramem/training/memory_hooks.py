@@ -46,6 +46,8 @@ class MemoryHooks:
         """
         for pool in self.pools:
             pool.reset_grad_count()  # of a step that an error ended
+        for layer in self.layers:
+            layer.begin_step()
         if self.ddp.ddp_config.overlap_param_gather:
             self._stale = {layer.layer for layer in self.layers}
         else:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 COMPILER = shutil.which("g++")
+C_TYPES = {"P": ctypes.c_void_p, "q": ctypes.c_longlong, "i": ctypes.c_int, "f": ctypes.c_float}
 # What the functions made of PTX instructions mean in C++ (bf16 only).
 PLAIN = {
     "pack": "return (unsigned)round_to_bf16(low) | (unsigned)round_to_bf16(high) << 16;",
     "copy16": "*to = real ? *(const uint4*)from : make_uint4(0, 0, 0, 0);",
     "end_of_stage": "",
     "await_oldest_stage": "",
-    "add4": "atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);",
     "keep_policy": "return 0;",
     "load_kept": "return *(const uint2*)from;",
     "load_stream": "return *(const float4*)from;",
@@ -55,8 +55,8 @@ class Emulated:
             parameters = [part.strip() for part in text.replace("\n", " ").split(",")]
             names = ", ".join(part.split()[-1].lstrip("*") for part in parameters)
             self._parameters[name] = parameters
-            entries += f'extern "C" void run_{name}(int x, int y, int t, {text}) '
-            entries += f"{{ run_grid(x, y, t, [=] {{ {name}({names}); }}); }}\n"
+            entries += f'extern "C" void run_{name}(int grid_x, int grid_y, int block, {text}) '
+            entries += f"{{ run_grid(grid_x, grid_y, block, [=] {{ {name}({names}); }}); }}\n"
         number = len(list(self.folder.iterdir()))
         path, library = self.folder / f"{number}.cpp", self.folder / f"{number}.so"
         header = Path(__file__).parent / "simt.h"
@@ -68,12 +68,16 @@ class Emulated:
 
     def kernel(self, name: str, signature: str) -> Callable[..., None]:
         """As nvrtc.Module; the signature must be that of the source."""
-        letters = "".join("P" if "*" in p else "q" if p.startswith("i64") else "i" for p in self._parameters[name])
+        first_words = [p.split()[0] for p in self._parameters[name]]
+        letters = "".join(
+            "P" if "*" in p else {"i64": "q", "int": "i", "float": "f"}[word]
+            for p, word in zip(self._parameters[name], first_words, strict=True)
+        )
         assert signature == letters, f"{name} takes {letters}"
-        types = [{"P": ctypes.c_void_p, "q": ctypes.c_longlong, "i": ctypes.c_int}[letter] for letter in letters]
+        types = [C_TYPES[letter] for letter in letters]
         function = getattr(self._library, f"run_{name}")
 
-        def run(grid: tuple[int, int], threads: int, *arguments: int) -> None:
+        def run(grid: tuple[int, int], threads: int, *arguments: float) -> None:
             function(*grid, threads, *(kind(value) for kind, value in zip(types, arguments, strict=True)))
 
         return run

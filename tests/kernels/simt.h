@@ -95,10 +95,11 @@ static unsigned __match_any_sync(unsigned, T mine) {
     });
 }
 template <typename T>
-static void atomicAdd(T* to, T x) { std::atomic_ref<T>(*to).fetch_add(x); }
+static T atomicAdd(T* to, T x) { return std::atomic_ref<T>(*to).fetch_add(x); }
 static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
 static int __ffs(unsigned x) { return __builtin_ffs((int)x); }
+static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 static float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 static unsigned short round_to_bf16(float x) {

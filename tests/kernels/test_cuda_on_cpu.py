@@ -6,11 +6,14 @@ import pytest
 import torch
 from cuda_on_cpu import COMPILER, Emulated
 from kernel_helpers import relative_error
+from ultramem_kernels import column_sums
 from ultramem_kernels.lookup import cuda as lookup_cuda
 from ultramem_kernels.lookup import cuda_gradients, reference
 from ultramem_kernels.lookup.table_gradients import add_by_reference, sort_entries
 from ultramem_kernels.retrieval import cuda as retrieval_cuda
 from ultramem_kernels.retrieval import reference as retrieval_reference
+from ultramem_kernels.rms_norm import cuda as norm_cuda
+from ultramem_kernels.rms_norm import reference as norm_reference
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -28,10 +31,16 @@ def on_cpu(monkeypatch, tmp_path):
             return Emulated(source(name), defines, device)
 
         monkeypatch.setattr(module, "make_module", emulated)
+    monkeypatch.setattr(norm_cuda, "make_module", lambda device, defines: Emulated(norm_cuda.source(), defines, device))
+    monkeypatch.setattr(
+        column_sums, "make_module", lambda device, defines: Emulated(column_sums.source(), defines, device)
+    )
+    monkeypatch.setattr(norm_cuda, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(lookup_cuda, "_plans", {})
     monkeypatch.setattr(cuda_gradients, "_sorts", {})
     monkeypatch.setattr(cuda_gradients, "_segments", {})
-    monkeypatch.setattr(retrieval_cuda, "_kernels", {})
+    for module in (retrieval_cuda, norm_cuda, column_sums):
+        monkeypatch.setattr(module, "_kernels", {})
     monkeypatch.setattr(lookup_cuda, "multiprocessors", lambda device: 1)  # blocks walk over several tokens
 
 
@@ -184,3 +193,33 @@ def test_ties_in_the_selection_give_distinct_keys():
     candidates = retrieval_cuda.coarse_pass(side, torch.ones(2, 2), 32)
     indices = retrieval_cuda.exact_pass(side, candidates, torch.ones(1, 2, 2), 32, None, 0, 300 * 300)[0]
     assert len(set(indices[0].tolist())) == 32
+
+
+@pytest.mark.parametrize("core_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_follows_from_known_keys_equals_the_selection(core_dtype):
+    T, N, K, M = 3, 60, 16, 40
+    side = torch.zeros(2, 2, T, 64, dtype=torch.bfloat16)
+    side[..., :N] = torch.randn(2, 2, T, N)
+    side = side[..., :N]
+    cores, permutation = torch.rand(2, 2, 2).to(core_dtype), torch.randperm(N * N).int()
+    candidates = retrieval_cuda.coarse_pass(side, torch.rand(2, 2), K)
+    indices, scores, keys, kept = retrieval_cuda.exact_pass(side, candidates, cores, M, permutation, 7, N * N + 5)
+    again = retrieval_cuda.scores_at(side, keys, cores, permutation, 7, N * N + 5)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(again, (indices, scores, kept), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 9, 2, 40, 12), pytest.param((1, 20, 3, 520, 20), marks=pytest.mark.slow)], ids=str
+)
+def test_the_norm_and_its_backward_equal_the_reference(shape, dtype):
+    G, B, A, D, rows_out = shape
+    x = torch.randn(G, B, 2 * A, D).to(dtype)[:, :, :A]
+    gain, slope = torch.rand(D).to(dtype), torch.randn(G, A, rows_out, D).to(dtype)
+    tolerance = 2e-6 if dtype == torch.float32 else 5e-3
+    got = norm_cuda.forward(x, gain, 1e-5, rows_out)
+    assert relative_error(got, norm_reference.rms_norm_swapped(x, gain, 1e-5, rows_out)) < tolerance
+    assert (got[:, :, B:] == 0).all()
+    wanted = norm_reference.backward_swapped(x, gain, slope, 1e-5)
+    for got, expected in zip(norm_cuda.backward(x, gain, slope, 1e-5), wanted, strict=True):
+        assert got.dtype == dtype and relative_error(got, expected) < tolerance

@@ -68,13 +68,13 @@ def test_recomputation_takes_over_the_kernels_selection(
     from megatron_ultramem.memory import fused
 
     known = []
-    original = fused.retrieve
+    original = fused.search
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         known.append(kwargs["known_keys_STM"] is not None)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(fused, "retrieve", spy)
+    monkeypatch.setattr(fused, "search", spy)
     model = small_model(1, kernels="fused", recompute=True, **settings)
     model(tokens(5)).sum().backward()
     heads = settings.get("num_heads", 1)

@@ -28,14 +28,6 @@ __device__ __forceinline__ void await_oldest_stage() {
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
 }
 
-__device__ __forceinline__ void add4(float* to, float a, float b, float c, float d) {
-#if __CUDA_ARCH__ >= 900
-    atomicAdd((float4*)to, make_float4(a, b, c, d));
-#else
-    atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);
-#endif
-}
-
 __device__ __forceinline__ float sum_over_row(float x) {
 #pragma unroll
     for (int distance = G / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(FULL, x, distance);
@@ -276,12 +268,10 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
                     dot = sum_over_row(dot);
                 }
                 const float active = P > 0 ? activate(dot) : 1.0f;
-                float its_weight[C];
 #pragma unroll
                 for (int c = 0; c < C && V > 0; c++) {
                     q[c] = sum_over_row(q[c]);
-                    its_weight[c] = __shfl_sync(FULL, weight[c], step + group);
-                    d_dot += q[c] * its_weight[c];
+                    d_dot += q[c] * __shfl_sync(FULL, weight[c], step + group);
                     const float kept = __shfl_sync(FULL, active * q[c], source);
                     if (mine) my_grad[c] = kept;
                 }
@@ -297,33 +287,39 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
 #pragma unroll
                     for (int e = 0; e < 8; e++) dx[j][e] += d_dot * wide[e];
                 }
-#if ATOMIC
-                const int its_row = __shfl_sync(FULL, row, step + group);
-#pragma unroll
-                for (int j = 0; j < NP; j++) {
-                    const int column = (j * G + part) * 8;
-                    if (its_row < 0 || column >= P || !grad_pre_values) continue;
-                    float* home = grad_pre_values + (i64)its_row * P + column;
-                    unpack(x[j], wide);
-                    add4(home, d_dot * wide[0], d_dot * wide[1], d_dot * wide[2], d_dot * wide[3]);
-                    add4(home + 4, d_dot * wide[4], d_dot * wide[5], d_dot * wide[6], d_dot * wide[7]);
-                }
-#pragma unroll
-                for (int j = 0; j < NV; j++) {
-                    const int column = (j * G + part) * 8;
-                    if (its_row < 0 || column >= V || !grad_values) continue;
-                    float* home = grad_values + (i64)its_row * V + column;
-                    float here = its_weight[0];
-#pragma unroll
-                    for (int c = 1; c < C; c++) here = core[j] >= c ? its_weight[c] : here;
-                    here *= active;
-                    unpack(g[j], wide);
-                    add4(home, here * wide[0], here * wide[1], here * wide[2], here * wide[3]);
-                    add4(home + 4, here * wide[4], here * wide[5], here * wide[6], here * wide[7]);
-                }
-#endif
                 feed.ask();
             }
+#if ATOMIC
+            // Row by row, with neighbouring lanes on neighbouring columns: that is how atomics coalesce.
+            for (int at = 0; at < count; at++) {
+                const i64 its_row = __shfl_sync(FULL, row, at);
+                const float its_d_dot = __shfl_sync(FULL, V > 0 ? my_d_dot : its_slope, at);
+                float final[C];
+#pragma unroll
+                for (int c = 0; c < C; c++) final[c] = __shfl_sync(FULL, P > 0 ? my_active * weight[c] : weight[c], at);
+                if (its_row < 0) continue;
+                if (P > 0 && grad_pre_values) {
+#pragma unroll
+                    for (int j = 0; j < (P + 31) / 32; j++) {
+                        const int column = j * 32 + lane;
+                        if (column >= P) continue;
+                        atomicAdd(grad_pre_values + its_row * P + column, its_d_dot * widen(pre_input[token * P + column]));
+                    }
+                }
+                if (V > 0 && grad_values) {
+#pragma unroll
+                    for (int j = 0; j < (V + 31) / 32; j++) {
+                        const int column = j * 32 + lane;
+                        if (column >= V) continue;
+                        const int its_core = (column + column_start) / core_width;
+                        float here = final[0];
+#pragma unroll
+                        for (int c = 1; c < C; c++) here = its_core >= c ? final[c] : here;
+                        atomicAdd(grad_values + its_row * V + column, here * widen(grad_out[token * V + column]));
+                    }
+                }
+            }
+#endif
             if (V > 0 && lane < count) {
 #if !ATOMIC
                 if (P > 0) d_dots[entry] = my_d_dot;

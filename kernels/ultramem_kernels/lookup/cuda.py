@@ -1,4 +1,4 @@
-"""Launchers of the hand-written CUDA kernels by token (by_token.cu): the lookup and its backward. Legend in reference.py.
+"""Launchers of the hand-written CUDA kernels by token (by_token.cu): lookup and backward. Legend in reference.py.
 
 Both tables, or one of them: without values the result are dots, without pre-values the weights are final.
 """
@@ -20,9 +20,9 @@ class Blocks(NamedTuple):
     """How by_token.cu cuts the work. `stages` steps of rows in flight a warp; `blocks` a multiprocessor at least."""
 
     warps: int = 4
-    stages: int = 4
+    stages: int = 3
     blocks: int = 4
-    persistent: bool = True  # no more blocks than run at once: they walk over the tokens
+    persistent: bool = False  # no more blocks than run at once: they walk over the tokens
 
 
 FORWARD = Blocks()
@@ -57,23 +57,20 @@ def supports(
     column_start: int,
 ) -> bool:
     """Whether these kernels cover the shape: 16-bit tables, columns in chunks of 8 that lie in one core."""
-    tables = [table for table in (values_NV, pre_values_NP) if table is not None]
-    return (
-        device_supported(indices_TM.device)
-        and all(
-            table.dtype in (torch.bfloat16, torch.float16)
-            and table.dtype == tables[0].dtype
-            and table.shape[1] % 8 == 0
-            and 0 < table.shape[1] <= 1024
-            and table.shape[0] < 2**31 - 1
-            and table.data_ptr() % 16 == 0
-            for table in tables
-        )
-        and indices_TM.dtype in (torch.int32, torch.int64)
-        and (values_NV is None or (core_width % 8 == 0 and column_start % 8 == 0))
-        and cores <= 8
-        and indices_TM.numel() < 2**31
-    )
+    if not device_supported(indices_TM.device) or indices_TM.dtype not in (torch.int32, torch.int64):
+        return False
+    table = values_NV if values_NV is not None else pre_values_NP
+    assert table is not None
+    if table.dtype not in (torch.bfloat16, torch.float16) or cores > 8 or indices_TM.numel() >= 2**31:
+        return False
+    if values_NV is not None and (not _readable(values_NV) or core_width % 8 or column_start % 8):
+        return False
+    return pre_values_NP is None or (pre_values_NP.dtype == table.dtype and _readable(pre_values_NP))
+
+
+def _readable(table: torch.Tensor) -> bool:
+    rows, width = table.shape
+    return width % 8 == 0 and 0 < width <= 1024 and rows < 2**31 - 1 and table.data_ptr() % 16 == 0
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -187,9 +184,9 @@ def backward_by_token(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(grad_pre_input, grad_weights, d_dot [T, M], final weights [T, M, C]).
 
-    `atomic`: the tables' gradients given (fp32, contiguous) are added to, and the last two are None. Otherwise those two
-    are the factors that `cuda_gradients.add_segments_` needs: fp32, or `grad_dots_TM` and `weights_TMC` themselves where
-    one of the tables is absent.
+    `atomic`: the tables' gradients given (fp32, contiguous) are added to, and the last two are None. Otherwise those
+    two are the factors that `cuda_gradients.add_segments_` needs: fp32, or `grad_dots_TM` and `weights_TMC` themselves
+    where one of the tables is absent.
     """
     T, M = indices_TM.shape
     table: Any = values_NV if values_NV is not None else pre_values_NP

@@ -10,24 +10,28 @@ from ultramem_kernels.lookup.cuda import aligned, make_module
 from ultramem_kernels.nvrtc import C_TYPES, Kernel, pointer
 
 TILE = 32  # as in segments.cu
-SORT_BLOCK, SORT_THREADS = 4096, 256  # as in sort.cu
+SORT_BLOCK, SORT_THREADS = 4096, 512  # as in sort.cu
 MERGE_THREADS = 256
 
 
 class Spans(NamedTuple):
-    """How segments.cu cuts the work: entries a warp, chunks asked for at once, warps a block."""
+    """How segments.cu cuts the work: entries a warp, chunks asked for at once, warps a block, columns at a time."""
 
-    span: int = 4
-    ahead: int = 4
+    span: int = 32
+    ahead: int = 2
     warps: int = 4
+    columns: int = 384
 
 
-SPANS = Spans()
+# Ways to cut the work, for autotuning; all give the same sums, bit by bit. Fewer columns at a time keep more of the inputs
+# in the L2 cache.
+WAYS = {"segments": Spans(), "segments_192": Spans(16, 2, 4, 192), "segments_128": Spans(8, 4, 4, 128)}
+SORT_LIMIT = 1 << 22  # entries; beyond, blocks read too many other blocks' counts, and torch's sort is as good
 
 
 class _Sort(NamedTuple):
-    count: Kernel
-    scatter: Kernel
+    begin: Kernel
+    one_pass: Kernel
 
 
 class _Segments(NamedTuple):
@@ -53,29 +57,34 @@ def sort_entries(
     """As `table_gradients.sort_entries`, but both results int32. `rows` and T*M below 2^31."""
     N, device = indices_TM.numel(), indices_TM.device
     passes, bits = digits_of(rows)
-    key = (device, indices_TM.dtype, bits, padding_index is not None)
+    key = (device, indices_TM.dtype, passes, bits, padding_index is not None)
     kernels = _sorts.get(key)
     if kernels is None:
-        defines = {"FP16": 0, "INDEX": C_TYPES[indices_TM.dtype], "BITS": bits, "PADDING": int(padding_index is not None)}
+        defines = {
+            "FP16": 0, "INDEX": C_TYPES[indices_TM.dtype], "BITS": bits, "PASSES": passes,
+            "PADDING": int(padding_index is not None),
+        }  # fmt: skip
         module = make_module("sort.cu", device, defines)
-        kernels = _sorts[key] = _Sort(
-            module.kernel("sort_count", "PPPqiqqq"), module.kernel("sort_scatter", "PPPPPqi")
-        )
+        kernels = _sorts[key] = _Sort(module.kernel("sort_begin", "PPPPPqqqq"), module.kernel("sort_pass", "PPPPPPPqi"))
     blocks = -(-N // SORT_BLOCK)
-    # Rows and entries, each twice: passes alternate between the two.
-    space = torch.empty(4 * N + blocks * (1 << bits), dtype=torch.int32, device=device)
-    at, grid = space.data_ptr(), (blocks, 1)
-    rows_at, entries_at, counts_at = [at, at + 4 * N], [at + 8 * N, at + 12 * N], at + 16 * N
-    for number in range(passes if N else 0):
-        old, new = number % 2, 1 - number % 2
-        kernels.count(
-            grid, SORT_THREADS, 0 if number else indices_TM.data_ptr(), rows_at[old], counts_at, N, number * bits,
-            row_start, rows, padding_index or 0,
+    digits = passes * blocks << bits
+    # Rows and entries, each twice (passes alternate between the two); counts, published counts, started blocks.
+    space = torch.empty(4 * N + 2 * digits + passes, dtype=torch.int32, device=device)
+    if N:
+        at, grid = space.data_ptr(), (blocks, 1)
+        rows_at, entries_at = (at, at + 4 * N), (at + 8 * N, at + 12 * N)
+        counts = at + 16 * N
+        published, started = counts + 4 * digits, counts + 8 * digits
+        kernels.begin(
+            grid, SORT_THREADS, indices_TM.data_ptr(), at, counts, published, started, N, row_start, rows,
+            padding_index or 0,
         )  # fmt: skip
-        kernels.scatter(
-            grid, SORT_THREADS, rows_at[old], entries_at[old] if number else 0, rows_at[new], entries_at[new],
-            counts_at, N, number * bits,
-        )  # fmt: skip
+        for number in range(passes):
+            old, new = number % 2, 1 - number % 2
+            kernels.one_pass(
+                grid, SORT_THREADS, rows_at[old], entries_at[old] if number else 0, rows_at[new], entries_at[new],
+                counts, published, started, N, number,
+            )  # fmt: skip
     last = passes % 2
     return space[last * N : (last + 1) * N], space[(2 + last) * N : (3 + last) * N]
 
@@ -89,7 +98,7 @@ def add_segments_(
     core_width: int,
     column_start: int = 0,
     *,
-    spans: Spans = SPANS,
+    spans: Spans = WAYS["segments"],
 ) -> None:
     """Both tables' gradients, in place, in an order fixed by the indices. `sorted_rows`, `order` from `sort_entries`.
 
@@ -112,10 +121,10 @@ def add_segments_(
     key = (table.device, inputs.dtype, dot_dtype, weight_dtype, P, V, C, spans)
     kernels = _segments.get(key)
     if kernels is None:
-        groups = -(-quads // 128) if quads > 96 else 1
+        groups = -(-(P + V) // spans.columns)
         defines = {
             "FP16": int(inputs.dtype == torch.float16), "INDEX": "int", "ROW": "int", "WEIGHT": C_TYPES[weight_dtype],
-            "DOT": C_TYPES[dot_dtype], "P": P, "V": V, "C": C, "GELU": 0, "PADDING": 0, "NJ": -(-quads // (32 * groups)),
+            "DOT": C_TYPES[dot_dtype], "P": P, "V": V, "C": C, "PADDING": 0, "NJ": -(-quads // (32 * groups)),
             "SPAN": spans.span, "AHEAD": spans.ahead, "WARPS": spans.warps,
         }  # fmt: skip
         module = make_module("segments.cu", table.device, defines)

@@ -16,7 +16,7 @@ import torch
 
 from ultramem_kernels import tuning
 from ultramem_kernels.dispatch import choose, for_this_call
-from ultramem_kernels.lookup import cuda, reference
+from ultramem_kernels.lookup import cuda, cuda_gradients, reference
 from ultramem_kernels.lookup.table_gradients import add_by_reference, add_sorted, sorted_entries
 
 # Below this many entries (T * M) the fixed cost of a sort outweighs what it saves over atomics (NOTES.md).
@@ -137,15 +137,22 @@ def run_lookup_backward(
         add_by_reference(indices, *of_tables, core_width, column_start, row_start, padding_index)
         return _or_empty(d_input, indices), _or_empty(d_weights, indices)
 
+    for buffer in (grad_values, grad_pre_values):
+        if buffer is not None and buffer.dtype != torch.float32:
+            raise ValueError(f"gradients of tables in {buffer.dtype}: the kernels add them in float32")
+        if buffer is not None and buffer.data_ptr() % 16 and chosen == "cuda":
+            chosen = "triton"  # which needs no aligned vectors
+
     def run(how: str, grad: torch.Tensor = grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return _backward(chosen, how == "atomic", indices, w, x, v, p, grad, grad_values, grad_pre_values, options)
+        return _backward(chosen, how, indices, w, x, v, p, grad, grad_values, grad_pre_values, options)
 
     if grad_values is None and grad_pre_values is None:
         how = "atomic"  # of nothing: without the factors that segments need
     elif deterministic or not indices.is_cuda:
         how = "segments" if deterministic or indices.numel() >= ATOMIC_BELOW else "atomic"
     else:
-        names = ("segments", "atomic") if indices.numel() >= ATOMIC_BELOW else ("atomic", "segments")
+        segments = tuple(cuda_gradients.WAYS) if chosen == "cuda" else ("segments",)
+        names = (*segments, "atomic") if indices.numel() >= ATOMIC_BELOW else ("atomic", *segments)
         # A gradient of zeros leaves the tables' gradients as they are.
         how = tuning.choose(
             indices.device, "lookup_backward", _tuning_shape(chosen, indices, w, v, p), names,
@@ -157,7 +164,7 @@ def run_lookup_backward(
 
 def _backward(
     chosen: str,
-    atomic: bool,
+    how: str,
     indices: torch.Tensor,
     w: Any,
     x: Any,
@@ -169,26 +176,28 @@ def _backward(
     options: dict[str, Any],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of pre_input and weights by the kernels; those of the tables by atomics or by sorted segments."""
+    atomic = how == "atomic"
     grad_out, grad_dots = (grad, None) if v is not None else (None, grad)
-    of_tables = {"grad_values_NV": grad_values, "grad_pre_values_NP": grad_pre_values} if atomic else {}
+    of_values, of_pre_values = (grad_values, grad_pre_values) if atomic else (None, None)
     if chosen == "cuda":
-        readable = _readable(w, v), x, v, p, grad_out, _readable(grad_dots, p)
         d_input, d_weights, d_dots, final = cuda.backward_by_token(
-            indices, *readable, atomic=atomic, **of_tables, **options
-        )
+            indices, _readable(w, v), x, v, p, grad_out, _readable(grad_dots, p), atomic=atomic,
+            grad_values_NV=of_values, grad_pre_values_NP=of_pre_values, **options,
+        )  # fmt: skip
         d_weights = None if d_weights is None else d_weights.to(w.dtype)
     else:
         from ultramem_kernels.lookup import backward_triton
 
         d_input, d_weights, d_dots, final = backward_triton.backward_by_token(
-            indices, w, x, v, p, grad_out, grad_dots, **of_tables, **options
-        )
+            indices, w, x, v, p, grad_out, grad_dots, grad_values_NV=of_values, grad_pre_values_NP=of_pre_values,
+            **options,
+        )  # fmt: skip
     if not atomic:
         rows = (v if v is not None else p).shape[0]
         add_sorted(
             sorted_entries(chosen, indices, rows, options["row_start"], options["padding_index"]), chosen,
             indices.shape[1], (grad_pre_values, x, d_dots), (grad_values, grad_out, final), options["core_width"],
-            options["column_start"],
+            options["column_start"], how,
         )  # fmt: skip
     return d_input, d_weights
 

@@ -1,20 +1,28 @@
-// Sorts the entries of a lookup by row: a stable radix sort of 32-bit rows with their entry numbers, BITS bits a pass, by
-// two kernels each. Only the bits that row numbers have are sorted, and entries have 32 bits: less than half the work of
-// torch.sort, which sorts 32 (or 64) bits and moves 64-bit positions.
+// Sorts the entries of a lookup by row: a stable radix sort of 32-bit rows with their entry numbers, BITS bits a pass. Only
+// the bits that row numbers have are sorted, and entries have 32 bits: less than half the work of torch.sort, which sorts
+// 32 (or 64) bits and moves 64-bit positions.
+//
+// `sort_begin` finds the rows and how often each block has each digit of every pass. In `sort_pass` a block ranks its rows by
+// one digit in shared memory; where they go follows from the digits of all blocks (known from the beginning) and of the
+// blocks before it, which after the first pass other blocks of the same launch publish. Blocks number themselves as they
+// start, so those before are running or done and the wait ends.
 //
 // Compile-time constants:
 //   INDEX    integer type of indices
 //   BITS     of a digit, up to 8
+//   PASSES
 //   PADDING
 
-#define THREADS 256
-#define ITEMS 16
+#define THREADS 512
+#define WARPS (THREADS / 32)
+#define ITEMS 8
 #define BLOCK (THREADS * ITEMS)
 #define DIGITS (1 << BITS)
+#define PUBLISHED 0x40000000
 
-// Where element `item` of this thread lies: warps own consecutive ranges, so that their order is that of the entries.
-__device__ __forceinline__ i64 place(int item) {
-    return (i64)blockIdx.x * BLOCK + (threadIdx.x / 32) * (32 * ITEMS) + item * 32 + threadIdx.x % 32;
+// Position of element `item` of this thread: warps own consecutive ranges, so that their order is that of the entries.
+__device__ __forceinline__ i64 place(i64 block, int item) {
+    return block * BLOCK + (threadIdx.x / 32) * (32 * ITEMS) + item * 32 + threadIdx.x % 32;
 }
 
 // Row of an entry, `rows` where there is none in this shard: those come last.
@@ -26,58 +34,61 @@ __device__ __forceinline__ int row_of(const INDEX* indices, i64 entry, i64 row_s
     return local >= 0 && local < rows ? (int)local : (int)rows;
 }
 
-// counts[block, digit] of this block's entries. The first pass (indices given) also writes the entries' rows.
+__device__ __forceinline__ int digit_of(int row, int pass) { return (row >> (pass * BITS)) & (DIGITS - 1); }
+
+__device__ __forceinline__ int load_published(const int* from) {
+    return *(const volatile int*)from;
+}
+
+// counts[pass, block, digit]; published[pass, block, digit] and started[pass] are cleared.
 extern "C" __global__ void __launch_bounds__(THREADS)
-sort_count(const INDEX* indices, int* rows_in, int* counts, i64 N, int shift, i64 row_start, i64 rows, i64 padding) {
-    __shared__ int histogram[DIGITS];
-    for (int digit = threadIdx.x; digit < DIGITS; digit += THREADS) histogram[digit] = 0;
+sort_begin(const INDEX* indices, int* rows_out, int* counts, int* published, int* started, i64 N, i64 row_start, i64 rows,
+           i64 padding) {
+    __shared__ int histogram[PASSES][DIGITS];
+    for (int at = threadIdx.x; at < PASSES * DIGITS; at += THREADS) histogram[at / DIGITS][at % DIGITS] = 0;
+    if (blockIdx.x == 0 && threadIdx.x < PASSES) started[threadIdx.x] = 0;
     __syncthreads();
     int row[ITEMS];
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
-        const i64 at = place(item);
-        row[item] = at >= N ? -1 : indices ? row_of(indices, at, row_start, rows, padding) : rows_in[at];
+        const i64 at = place(blockIdx.x, item);
+        row[item] = at < N ? row_of(indices, at, row_start, rows, padding) : -1;
     }
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
         if (row[item] < 0) continue;
-        if (indices) rows_in[place(item)] = row[item];
-        atomicAdd(&histogram[(row[item] >> shift) & (DIGITS - 1)], 1);
+        rows_out[place(blockIdx.x, item)] = row[item];
+#pragma unroll
+        for (int pass = 0; pass < PASSES; pass++) atomicAdd(&histogram[pass][digit_of(row[item], pass)], 1);
     }
     __syncthreads();
-    for (int digit = threadIdx.x; digit < DIGITS; digit += THREADS) counts[(i64)blockIdx.x * DIGITS + digit] = histogram[digit];
+    for (int at = threadIdx.x; at < PASSES * DIGITS; at += THREADS) {
+        const i64 to = ((i64)(at / DIGITS) * gridDim.x + blockIdx.x) * DIGITS + at % DIGITS;
+        counts[to] = histogram[at / DIGITS][at % DIGITS], published[to] = 0;
+    }
 }
 
-// Moves rows and entries to their places by one digit. `entries_in` null: 0, 1, 2, ...
+// Moves rows and entries to their places by one digit. `entries_in` null: 0, 1, 2, ... (the first pass).
 extern "C" __global__ void __launch_bounds__(THREADS)
-sort_scatter(const int* rows_in, const int* entries_in, int* rows_out, int* entries_out, const int* counts, i64 N,
-             int shift) {
-    __shared__ int of_warp[THREADS / 32][DIGITS], totals[THREADS];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int w = 0; w < THREADS / 32; w++)
-        for (int digit = threadIdx.x; digit < DIGITS; digit += THREADS) of_warp[w][digit] = 0;
+sort_pass(const int* rows_in, const int* entries_in, int* rows_out, int* entries_out, const int* counts, int* published,
+          int* started, i64 N, int pass) {
+    __shared__ unsigned short of_warp[WARPS][DIGITS];
+    __shared__ int sums[THREADS], begins[2][DIGITS], staged_rows[BLOCK], staged_entries[BLOCK], my_block;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = gridDim.x;
+    if (threadIdx.x == 0) my_block = atomicAdd(started + pass, 1);
+    for (int at = threadIdx.x; at < WARPS * DIGITS; at += THREADS) of_warp[at / DIGITS][at % DIGITS] = 0;
+    __syncthreads();
+    const int block = my_block;
     int row[ITEMS], entry[ITEMS], rank[ITEMS];
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
-        const i64 at = place(item);
+        const i64 at = place(block, item);
         row[item] = at < N ? rows_in[at] : -1;
         entry[item] = at >= N ? 0 : entries_in ? entries_in[at] : (int)at;
     }
-    // Entries of this thread's digit in the blocks before, and in all.
-    int before = 0, total = 0;
-    if (threadIdx.x < DIGITS) {
-#pragma unroll 16
-        for (int block = 0; block < (int)gridDim.x; block++) {
-            const int count = counts[(i64)block * DIGITS + threadIdx.x];
-            total += count;
-            before += block < (int)blockIdx.x ? count : 0;
-        }
-    }
-    totals[threadIdx.x] = total;
-    __syncthreads();
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
-        const int digit = row[item] < 0 ? DIGITS + lane : (row[item] >> shift) & (DIGITS - 1);
+        const int digit = row[item] < 0 ? DIGITS + lane : digit_of(row[item], pass);
         const unsigned int equal = __match_any_sync(FULL, digit);
         const int ahead = __popc(equal & ((1u << lane) - 1));
         rank[item] = row[item] < 0 ? 0 : of_warp[warp][digit] + ahead;
@@ -85,26 +96,67 @@ sort_scatter(const int* rows_in, const int* entries_in, int* rows_out, int* entr
         if (row[item] >= 0 && ahead == 0) of_warp[warp][digit] += __popc(equal);
         __syncwarp();
     }
-    // Digits before this thread's, in all blocks: an exclusive sum over the threads.
-    for (int distance = 1; distance < THREADS; distance *= 2) {
-        const int other = (int)threadIdx.x >= distance ? totals[threadIdx.x - distance] : 0;
-        __syncthreads();
-        totals[threadIdx.x] += other;
-        __syncthreads();
-    }
-    if (threadIdx.x < DIGITS) {
-        int start = totals[threadIdx.x] - total + before;
-        for (int w = 0; w < THREADS / 32; w++) {
-            const int count = of_warp[w][threadIdx.x];
-            of_warp[w][threadIdx.x] = start;
-            start += count;
+    __syncthreads();
+
+    // THREADS / DIGITS threads share a digit: in this block, in the blocks before and in all.
+    const int digit = threadIdx.x % DIGITS, share = threadIdx.x / DIGITS, shares = THREADS / DIGITS;
+    int here = 0;
+    if (share == 0) {
+        for (int w = 0; w < WARPS; w++) {
+            const int count = of_warp[w][digit];
+            of_warp[w][digit] = here, here += count;
         }
+        if (pass > 0) *(volatile int*)(published + ((i64)pass * blocks + block) * DIGITS + digit) = here | PUBLISHED;
+    }
+    int total = 0, before = 0;
+#pragma unroll 8
+    for (int other = share; other < blocks; other += shares) {
+        const int count = counts[((i64)pass * blocks + other) * DIGITS + digit];
+        total += count;
+        if (pass == 0 && other < block) before += count;
+    }
+    if (pass > 0) {
+#pragma unroll 8
+        for (int other = share; other < block; other += shares) {
+            const int* from = published + ((i64)pass * blocks + other) * DIGITS + digit;
+            int count = load_published(from);
+            while (!(count & PUBLISHED)) count = load_published(from);
+            before += count & ~PUBLISHED;
+        }
+    }
+    // Sums over the shares, then exclusive sums over the digits: of all entries, and of those of this block.
+    if (share == 0) begins[0][digit] = begins[1][digit] = 0;
+    __syncthreads();
+    atomicAdd(&begins[0][digit], total);
+    atomicAdd(&begins[1][digit], before);
+    __syncthreads();
+    total = share == 0 ? begins[0][digit] : 0, before = share == 0 ? begins[1][digit] : 0;
+    int upto = total, here_upto = here;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int a = __shfl_up_sync(FULL, upto, distance), b = __shfl_up_sync(FULL, here_upto, distance);
+        if (lane >= distance) upto += a, here_upto += b;
+    }
+    if (lane == 31) sums[warp] = upto, sums[WARPS + warp] = here_upto;
+    __syncthreads();
+    if (share == 0) {
+        int start = upto - total, here_start = here_upto - here;
+        for (int w = 0; w < warp; w++) start += sums[w], here_start += sums[WARPS + w];
+        begins[0][digit] = start + before - here_start;  // where this block's entries of the digit go, less their staging place
+        begins[1][digit] = here_start;
     }
     __syncthreads();
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
         if (row[item] < 0) continue;
-        const i64 to = of_warp[warp][(row[item] >> shift) & (DIGITS - 1)] + rank[item];
-        rows_out[to] = row[item], entries_out[to] = entry[item];
+        const int its_digit = digit_of(row[item], pass);
+        const int to = begins[1][its_digit] + of_warp[warp][its_digit] + rank[item];
+        staged_rows[to] = row[item], staged_entries[to] = entry[item];
+    }
+    __syncthreads();
+    const int real = (int)min((i64)BLOCK, N - (i64)block * BLOCK);
+    for (int at = threadIdx.x; at < real; at += THREADS) {
+        const int its_row = staged_rows[at], to = begins[0][digit_of(its_row, pass)] + at;
+        rows_out[to] = its_row, entries_out[to] = staged_entries[at];
     }
 }

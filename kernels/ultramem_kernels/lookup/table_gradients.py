@@ -1,4 +1,4 @@
-"""The tables' gradients from per-entry factors, whatever the implementation: by sorted segments, or by the reference."""
+"""The tables' gradients from per-entry factors, by sorted segments of any implementation or by the reference."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ def sorted_entries(
     backend: str, indices_TM: torch.Tensor, rows: int, row_start: int, padding_index: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sort_entries` by the backend: 'cuda' gives int32."""
-    if backend == "cuda":
+    if backend != "cuda":
+        return sort_entries(indices_TM, rows, row_start, padding_index)
+    if indices_TM.numel() <= cuda_gradients.SORT_LIMIT:
         return cuda_gradients.sort_entries(indices_TM, rows, row_start, padding_index)
-    return sort_entries(indices_TM, rows, row_start, padding_index)
+    sorted_rows, order = sort_entries(indices_TM.long(), rows, row_start, padding_index)
+    return sorted_rows.clamp(-1, rows).int(), order.int()
 
 
 def add_sorted(
@@ -43,16 +46,17 @@ def add_sorted(
     values: tuple[Any, Any, Any],
     core_width: int,
     column_start: int,
+    way: str = "segments",
 ) -> None:
     """Adds (gradient, input, d_dot) of the pre-values and (gradient, grad_out, weights) of the values; None: absent.
 
-    `entries` from `sorted_entries`.
+    `entries` from `sorted_entries`; `way`: one of `cuda_gradients.WAYS`, for the CUDA kernels.
     """
     sorted_rows, order = entries
     if backend == "cuda":
         cuda_gradients.add_segments_(
             sorted_rows, order, M, None if pre_values[0] is None else pre_values, None if values[0] is None else values,
-            core_width, column_start,
+            core_width, column_start, spans=cuda_gradients.WAYS[way],
         )  # fmt: skip
         return
     from ultramem_kernels.lookup.segments_triton import add_segments_

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ultramem_kernels.column_sums import column_sums
 from ultramem_kernels.nvrtc import C_TYPES, Kernel, Module, device_supported, pointer, read_source
 
 WARPS = 4  # per block, as in the sources
@@ -30,7 +31,12 @@ def make_module(name: str, device: torch.device, defines: dict[str, object]) -> 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
-_SIGNATURES = {"coarse": "PPPiiqqq", "exact": "PPPPPPPPiiqqqqq", "known": "PPPPPPPiiiqqqqq", "dense_gradient": "PPPPPPii"}
+_SIGNATURES = {
+    "coarse": "PPPiiqqq",
+    "exact": "PPPPPPPPiiqqqqq",
+    "known": "PPPPPPPiiiqqqqq",
+    "dense_gradient": "PPPPPPii",
+}
 
 
 def _kernel(name: str, device: torch.device, dtype: torch.dtype, core_dtype: torch.dtype, **defines: int) -> Kernel:
@@ -163,7 +169,7 @@ def dense_gradient(
     width: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d_side [S, R, T, width] in `dtype`, d_cores [C, R, R] fp32); scores' gradient fp32."""
+    """(d_side [S, R, T, width] in `dtype`, d_cores [C, R, R] in the cores' dtype); scores' gradient fp32."""
     S, R, T, M = kept_SRTM.shape
     C, device = cores_CRR.shape[0], kept_SRTM.device
     grad_side = torch.empty(S, R, T, width, dtype=dtype, device=device)
@@ -176,4 +182,6 @@ def dense_gradient(
             grid, block, grad_scores_TMC.data_ptr(), kept_SRTM.data_ptr(), cores_CRR.data_ptr(), keys_STM.data_ptr(),
             grad_side.data_ptr(), grad_cores.data_ptr(), T, width,
         )  # fmt: skip
-    return grad_side, grad_cores.sum(0)
+    if T == 0:
+        return grad_side, torch.zeros_like(cores_CRR)
+    return grad_side, column_sums(grad_cores.view(T, -1), cores_CRR.dtype).view_as(cores_CRR)

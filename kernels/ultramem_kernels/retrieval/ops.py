@@ -21,19 +21,23 @@ FEW_TOKENS = 512  # below, padding the keys costs more than it saves
 TOKEN_CHUNKS = 4  # the keys' gradient sums over all tokens: cuBLAS does that well only when it is cut into batches
 
 
-def _padded_width(keys: int) -> int:
+def padded_keys(keys: int) -> int:
+    """Rows of normalised keys that the products like: give `retrieve` as many and it need not pad them."""
     return -(-keys // KEYS_MULTIPLE) * KEYS_MULTIPLE
 
 
 def _side_scores(query_SRTD: torch.Tensor, key_SRND: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """[S, R, T, num_keys], rows of `_padded_width(num_keys)`; what lies beyond is not read by the passes."""
+    """[S, R, T, num_keys], rows of `padded_keys(num_keys)`; what lies beyond is not read by the passes."""
     S, R, T, D = query_SRTD.shape
-    width, given = _padded_width(num_keys), key_SRND.shape[2]
-    side_XTN = torch.empty(S * R, T, width, dtype=query_SRTD.dtype, device=query_SRTD.device)
+    width, given = padded_keys(num_keys), key_SRND.shape[2]
     query_XTD, key_XND = query_SRTD.reshape(S * R, T, D), key_SRND.reshape(S * R, given, D)
     if T >= FEW_TOKENS and given < width:
-        key_XND = F.pad(key_XND, (0, 0, 0, width - given))
-    torch.bmm(query_XTD, key_XND[:, :width].mT, out=side_XTN[..., : key_XND.shape[1]])
+        key_XND, given = F.pad(key_XND, (0, 0, 0, width - given)), width
+    if given >= width:
+        side_XTN = torch.bmm(query_XTD, (key_XND if given == width else key_XND[:, :width]).mT)
+    else:
+        side_XTN = torch.empty(S * R, T, width, dtype=query_SRTD.dtype, device=query_SRTD.device)
+        torch.bmm(query_XTD, key_XND.mT, out=side_XTN[..., :given])
     return side_XTN.view(S, R, T, width)[..., :num_keys]
 
 
@@ -129,7 +133,7 @@ def run_retrieve_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the queries [S, R, T, D], the keys [S, R, N, D] and the cores [C, R, R]."""
     S, R, T, D = query.shape
-    given, width, X = key.shape[2], _padded_width(num_keys), S * R
+    given, width, X = key.shape[2], padded_keys(num_keys), S * R
     chosen = choose(backend, query, lambda: True)
     if chosen == "reference":
         grad_side, grad_cores = reference.dense_gradient(grad_scores, kept, cores, keys, given)
@@ -137,7 +141,9 @@ def run_retrieve_backward(
         grad_query = torch.matmul(grad_side, wide_key).to(query.dtype)
         return grad_query, torch.matmul(grad_side.mT, wide_query).to(key.dtype), grad_cores.to(cores.dtype)
     kernels: ModuleType = cuda
-    if not (chosen == "cuda" and cuda.supports_cores(query, cores) and cuda.supports_dense_gradient(kept, cores, width)):
+    if not (
+        chosen == "cuda" and cuda.supports_cores(query, cores) and cuda.supports_dense_gradient(kept, cores, width)
+    ):
         from ultramem_kernels.retrieval import backward_triton
 
         kernels = backward_triton
@@ -200,6 +206,14 @@ class _Retrieve(torch.autograd.Function):
         return grads[0], grads[1], None, grads[2], *(None,) * 8
 
 
+def check_sizes(n: int, coarse_k: int, top_m: int, permutation: torch.Tensor | None) -> None:
+    """Raises ValueError where the sizes of a selection among n keys a side do not fit."""
+    if not (1 <= coarse_k <= n and 1 <= top_m <= coarse_k**2):
+        raise ValueError(f"coarse_k={coarse_k} must be in 1..{n} (keys per side) and top_m={top_m} in 1..coarse_k**2")
+    if permutation is not None and permutation.numel() != n * n:
+        raise ValueError(f"permutation of {permutation.numel()} entries for {n}*{n} pairs")
+
+
 def retrieve(
     query_SRTD: torch.Tensor,
     key_SRND: torch.Tensor,
@@ -218,10 +232,10 @@ def retrieve(
     """(row indices [T, M] int32, scores [T, M, C] fp32, keys [S, T, M] int32) of `reference.retrieve`.
 
     query_SRTD      normalised queries, any strides; an expanded R is fine (one query per side for all ranks)
-    key_SRND        normalised keys, dtype of the queries; normalise them once per step, not per micro-batch
+    key_SRND        normalised keys, dtype of the queries
     leading_SR      leading singular vectors (u, t) of the summed cores, detached
     cores_CRR       Tucker cores
-    num_keys        n, where `key_SRND` has more (finite) rows than keys: KEYS_MULTIPLE of them spare a copy
+    num_keys        n, where `key_SRND` has more (finite) rows than keys: `padded_keys(n)` spare a copy
     permutation     int32 [n*n] or None; row = (permutation[i*n + j] + offset) mod rows, rows n*n by default
     known_keys_STM  keys that an earlier call returned, to skip the selection (activation recompute)
 
@@ -232,12 +246,9 @@ def retrieve(
     if query_SRTD.shape[0] != 2 or key_SRND.shape[:2] != query_SRTD.shape[:2] or query_SRTD.dtype != key_SRND.dtype:
         raise ValueError(f"queries {tuple(query_SRTD.shape)} {query_SRTD.dtype} and keys {tuple(key_SRND.shape)} "
                          f"{key_SRND.dtype} must agree in sides (2), ranks and dtype")  # fmt: skip
-    if not (1 <= coarse_k <= n and 1 <= top_m <= coarse_k**2):
-        raise ValueError(f"coarse_k={coarse_k} must be in 1..{n} (keys per side) and top_m={top_m} in 1..coarse_k**2")
     if not 0 < n <= key_SRND.shape[2]:
         raise ValueError(f"num_keys={n} of {key_SRND.shape[2]} rows")
-    if permutation is not None and permutation.numel() != n * n:
-        raise ValueError(f"permutation of {permutation.numel()} entries for {n}*{n} pairs")
+    check_sizes(n, coarse_k, top_m, permutation)
     return _Retrieve.apply(
         query_SRTD, key_SRND, leading_SR, cores_CRR, coarse_k, top_m, permutation, offset, rows or n * n, n,
         known_keys_STM, backend,

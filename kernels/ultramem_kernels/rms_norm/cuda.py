@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ultramem_kernels.column_sums import column_sums
 from ultramem_kernels.nvrtc import C_TYPES, Kernel, Module, device_supported, multiprocessors, read_source
 
 WARPS = 8
-BACKWARD_BLOCKS = 2  # per multiprocessor; each leaves one partial sum of the gain's gradient
+BACKWARD_BLOCKS = 4  # per multiprocessor; each leaves one partial sum of the gain's gradient
 
 
 def source() -> str:
@@ -56,7 +57,7 @@ def supports(x_GBAD: torch.Tensor, gain_D: torch.Tensor) -> bool:
         and D % 8 == 0
         and 0 < D <= 1024
         and x_GBAD.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride in x_GBAD.stride()[:3])
+        and (x_GBAD.stride(0) | x_GBAD.stride(1) | x_GBAD.stride(2)) % 8 == 0
     )
 
 
@@ -76,17 +77,17 @@ def forward(x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, rows_out: in
 def backward(
     x_GBAD: torch.Tensor, gain_D: torch.Tensor, grad_GABD: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_x contiguous [G, B, A, D], grad_gain [D] fp32). `grad_GABD` contiguous, perhaps with more than B rows."""
+    """(grad_x contiguous [G, B, A, D], grad_gain [D]). `grad_GABD` contiguous, perhaps with more than B rows."""
     G, B, A, D = x_GBAD.shape
     device = x_GBAD.device
     grad_x = torch.empty(G, B, A, D, dtype=x_GBAD.dtype, device=device)
     rows = G * A * B
     if rows == 0:
-        return grad_x, torch.zeros(D, device=device)
+        return grad_x, torch.zeros_like(gain_D)
     blocks = min(-(-rows // WARPS), BACKWARD_BLOCKS * multiprocessors(device))
     grad_gain = torch.empty(blocks, D, dtype=torch.float32, device=device)
     _kernels_for(x_GBAD, gain_D).backward(
         (blocks, 1), 32 * WARPS, x_GBAD.data_ptr(), gain_D.data_ptr(), grad_GABD.data_ptr(), grad_x.data_ptr(),
         grad_gain.data_ptr(), rows, A, B, grad_GABD.shape[2], *x_GBAD.stride()[:3], eps,
     )  # fmt: skip
-    return grad_x, grad_gain.sum(0)
+    return grad_x, column_sums(grad_gain, gain_D.dtype)

@@ -89,7 +89,7 @@ def forward(x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, rows_out: in
 def backward(
     x_GBAD: torch.Tensor, gain_D: torch.Tensor, grad_GABD: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_x contiguous [G, B, A, D], grad_gain [D] fp32). `grad_GABD` contiguous, perhaps with more than B rows."""
+    """(grad_x contiguous [G, B, A, D], grad_gain [D]). `grad_GABD` contiguous, perhaps with more than B rows."""
     G, B, A, D = x_GBAD.shape
     grad_x = torch.empty(x_GBAD.shape, dtype=x_GBAD.dtype, device=x_GBAD.device)
     rows, block = _tile(D)
@@ -101,4 +101,4 @@ def backward(
             x_GBAD, gain_D, grad_GABD, grad_x, grad_gain, G * A * B, A, B, grad_GABD.shape[2],
             *x_GBAD.stride()[:3], D, eps, rows, block, repeat, num_warps=4,
         )  # fmt: skip
-    return grad_x, grad_gain.sum(0)
+    return grad_x, grad_gain.sum(0).to(gain_D.dtype)

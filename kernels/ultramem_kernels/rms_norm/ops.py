@@ -48,8 +48,8 @@ def run_rms_norm_backward(
     kernels = _kernels(backend, x, gain)
     if kernels is None:
         return reference.backward_swapped(x, gain, grad, eps)
-    grad_x, grad_gain = kernels.backward(x, gain, grad, eps)
-    return grad_x, grad_gain.to(gain.dtype)
+    gradients: tuple[torch.Tensor, torch.Tensor] = kernels.backward(x, gain, grad, eps)
+    return gradients
 
 
 rms_norm_backward = torch.library.custom_op("ultramem::rms_norm_backward", mutates_args=())(run_rms_norm_backward)
@@ -67,15 +67,11 @@ class _RmsNorm(torch.autograd.Function):
         x: torch.Tensor,
         gain: torch.Tensor,
         eps: float,
-        rows_out: int,
-        known: tuple[torch.Tensor] | None,
         backend: str | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps, ctx.backend = eps, backend
-        if known is not None:
-            return known[0].detach()
-        return for_this_call(rms_norm_forward, run_rms_norm_forward)(x, gain, eps, rows_out, backend)
+        return for_this_call(rms_norm_forward, run_rms_norm_forward)(x, gain, eps, x.shape[1], backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -83,35 +79,19 @@ class _RmsNorm(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         backward = for_this_call(rms_norm_backward, run_rms_norm_backward)
         grad_x, grad_gain = backward(x, gain, grad.contiguous(), ctx.eps, ctx.backend)
-        return grad_x, grad_gain, None, None, None, None
+        return grad_x, grad_gain, None, None
 
 
 def rms_norm_swapped(
-    x_GBAD: torch.Tensor,
-    gain_D: torch.Tensor,
-    eps: float,
-    *,
-    rows_multiple: int = 1,
-    known: torch.Tensor | None = None,
-    backend: str | None = None,
+    x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, *, backend: str | None = None
 ) -> torch.Tensor:
     """RMS norm over D of `x` [G, B, A, D], written as contiguous [G, A, B, D] in the dtype of `x`.
 
     Queries [T, 2*R*Dk] as view(1, T, 2*R, Dk) give [1, 2*R, T, Dk], which views as query_SRTD; keys [2, n, R, Dk] give
     key_SRND. `x` may have any strides as long as D is contiguous.
-
-    rows_multiple  the result has zeros after its B rows, up to a multiple: `retrieve` then need not pad the keys
-    known          what an earlier call gave for the same x and gain: it is returned again and only the backward runs,
-                   so that keys are normalised once per step, whatever the number of micro-batches
     """
     if x_GBAD.dim() != 4 or gain_D.shape != x_GBAD.shape[-1:]:
         raise ValueError(f"x {tuple(x_GBAD.shape)} must be [G, B, A, D] and the gain {tuple(gain_D.shape)} [D]")
-    G, B, A, D = x_GBAD.shape
-    rows_out = -(-B // rows_multiple) * rows_multiple
-    if known is not None and (known.shape != (G, A, rows_out, D) or known.dtype != x_GBAD.dtype):
-        raise ValueError(f"known {tuple(known.shape)} {known.dtype} is not the norm of x {tuple(x_GBAD.shape)}")
     if x_GBAD.stride(3) != 1:
         x_GBAD = x_GBAD.contiguous()
-    return _RmsNorm.apply(
-        x_GBAD, gain_D.contiguous(), eps, rows_out, None if known is None else (known,), backend
-    )  # fmt: skip
+    return _RmsNorm.apply(x_GBAD, gain_D.contiguous(), eps, backend)

@@ -16,7 +16,9 @@ def rms_norm(x: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain_D.to(dtype)).to(x.dtype)
 
 
-def rms_norm_swapped(x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, rows_out: int | None = None) -> torch.Tensor:
+def rms_norm_swapped(
+    x_GBAD: torch.Tensor, gain_D: torch.Tensor, eps: float, rows_out: int | None = None
+) -> torch.Tensor:
     """`rms_norm`, with B and A swapped in the result: contiguous [G, A, rows_out, D], zeros from row B on."""
     y_GABD = rms_norm(x_GBAD, gain_D, eps).transpose(1, 2)
     more = (rows_out or x_GBAD.shape[1]) - x_GBAD.shape[1]
