@@ -3,8 +3,8 @@
     python tools/bench_kernels.py [--cases 227m,decode] [--quick]
 
 Every timing is the median over replays of a CUDA graph that holds several calls on different indices, so it contains
-neither launch gaps nor a warm cache (a case's rows are many times the L2 cache). Replays follow each other without a gap,
-after 100 ms of them that do not count: a GPU that was idle runs memory-bound kernels 15 % slower for some milliseconds.
+neither launch gaps nor a warm cache (a case's rows are many times the L2 cache). Replays follow each other without a
+gap, after 100 ms that do not count: a GPU that was idle runs memory-bound kernels 15 % slower for some milliseconds.
 `host_ms` is the time that Python takes to launch a call. A case whose result is wrong is not reported: its rows are
 dropped, the other cases go on, and the program ends with an error that names it.
 
@@ -460,7 +460,7 @@ def bench_decode(results: Results, shape: Shape, tables: tuple[torch.Tensor, tor
 
 
 def bench_partial(results: Results, ceilings: Ceilings, case: str, shape: Shape, ranks: int) -> None:
-    """What a rank of memory-parallel by columns computes: dots and weighted sums over its columns, of all ranks' tokens."""
+    """What a rank of memory-parallel by columns computes: dots and sums over its columns, of all ranks' tokens."""
     s, T, width = shape, shape.tokens * ranks, shape.value_dim // ranks
     (table, _), generator = make_tables(s.rows, width, 8, True), torch.Generator("cuda").manual_seed(0)
     plain = table.detach()

@@ -126,12 +126,21 @@ def test_the_sort_is_stable_and_puts_missing_rows_last(shape):
         assert (got_rows[real.sum() :] == rows).all()
 
 
-@pytest.mark.parametrize("tables", ["both", "pre_values", "values"])
-@pytest.mark.parametrize("span", [4, 32])
-@pytest.mark.parametrize("rows", [3, 60, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 20, 5000))])
-def test_segments_equal_the_reference(rows, span, tables):
-    if rows == 60 and (span, tables) != (4, "both"):
-        pytest.skip("covered by the other sizes")
+@pytest.mark.parametrize(
+    ("rows", "span", "columns", "tables"),
+    [
+        (3, 32, 384, "both"),
+        (60, 4, 32, "both"),
+        (3, 8, 64, "values"),
+        *(
+            pytest.param(rows, span, 48, tables, marks=pytest.mark.slow)
+            for rows in (1, 20, 5000)
+            for span in (4, 32)
+            for tables in ("both", "pre_values")
+        ),
+    ],
+)
+def test_segments_equal_the_reference(rows, span, columns, tables):
     T, M, P, V, C = 45, 32, 16, 48, 2
     indices = torch.randint(0, rows + 2, (T, M), dtype=torch.int32)
     indices[4:9] = rows // 2
@@ -141,9 +150,10 @@ def test_segments_equal_the_reference(rows, span, tables):
     sorted_rows, order = (t.int() for t in sort_entries(indices, rows))
     local, exists = reference.local_rows(indices, rows)
     got, wanted = ((torch.ones(rows, P), torch.ones(rows, V)) for _ in range(2))
+    spans = cuda_gradients.Spans(span, 2, 2, columns)
     cuda_gradients.add_segments_(
         sorted_rows, order, M, (got[0], x, d_dots) if tables != "values" else None,
-        (got[1], grad, weights) if tables != "pre_values" else None, V // C, spans=cuda_gradients.Spans(span, 2, 2),
+        (got[1], grad, weights) if tables != "pre_values" else None, V // C, spans=spans,
     )  # fmt: skip
     if tables != "values":
         reference.add_rows_(wanted[0], local, exists, d_dots.unsqueeze(-1), x, P)

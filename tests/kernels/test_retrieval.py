@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_helpers import FAST_BACKENDS, relative_error
-from ultramem_kernels import retrieve
+from ultramem_kernels import KeptKeys, retrieve, rms_norm_swapped, search
 from ultramem_kernels.retrieval import reference
 
 # tokens, keys, key width, ranks, cores, coarse k, m
@@ -128,3 +128,73 @@ def test_sizes_that_do_not_fit_are_refused_with_the_number(change, message):
     arguments = inputs((2, 20, 8, 2, 2, 4, 4), torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         retrieve(*arguments, **{"coarse_k": 4, "top_m": 4, **change})
+
+
+def raw(T=5, N=50, D=16, R=2, Q=4, C=2, dtype=torch.float64, device="cpu"):
+    """Inputs of `search`: before the norms."""
+    return (
+        torch.randn(T, Q, D, device=device).to(dtype), torch.randn(2, N, R, D, device=device).to(dtype),
+        torch.rand(D, device=device).to(dtype), torch.rand(D, device=device).to(dtype),
+        torch.rand(2, R, device=device), torch.rand(C, R, R, device=device).to(dtype),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+@pytest.mark.parametrize("queries", [4, 2], ids=["query_per_rank", "one_query_per_side"])
+def test_the_search_equals_norms_and_retrieval_one_by_one(queries, backend, device):
+    arguments = raw(Q=queries, dtype=torch.float32, device=device)
+    options = {"coarse_k": 8, "top_m": 8, "offset": 3, "rows": 2600}
+    leaves, wanted_leaves = ([t.clone().requires_grad_() for t in arguments] for _ in range(2))
+    got = search(*leaves, eps=1e-5, backend=backend, **options)
+    query, keys, query_gain, key_gain, leading, cores = wanted_leaves
+    normed = rms_norm_swapped(query.unsqueeze(0), query_gain, 1e-5, backend=backend).view(2, queries // 2, 5, 16)
+    wanted = retrieve(
+        normed.expand(2, 2, 5, 16), rms_norm_swapped(keys, key_gain, 1e-5, backend=backend), leading, cores,
+        backend=backend, **options,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    slope = torch.randn_like(got[1])
+    inputs, wanted_inputs = ([leaf for i, leaf in enumerate(ls) if i != 4] for ls in (leaves, wanted_leaves))
+    grads = zip(torch.autograd.grad(got[1], inputs, slope), torch.autograd.grad(wanted[1], wanted_inputs, slope),
+                strict=True)  # fmt: skip
+    assert all(relative_error(a, b) < 2e-6 for a, b in grads)
+
+
+def test_kept_keys_are_normalised_once_and_change_nothing(device):
+    arguments, options = raw(dtype=torch.float32, device=device), {"eps": 1e-5, "coarse_k": 8, "top_m": 8}
+    wanted, kept = search(*arguments, **options), KeptKeys()
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in arguments]
+        got = search(*leaves, kept_keys=kept, **options)
+        first = kept.keys_SRWD
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        assert leaves[1].grad is None
+        got[1].sum().backward()
+        assert leaves[1].grad.abs().sum() > 0
+    kept.keys_SRWD = first * 2  # what is kept is what is used
+    assert not torch.equal(search(*arguments, kept_keys=kept, **options)[1], wanted[1])
+
+
+def test_search_gradients_pass_gradcheck_in_fp64():
+    arguments = raw()
+    keys = search(*arguments, eps=1e-5, coarse_k=6, top_m=6)[2]
+
+    def scores(*tensors):
+        options = {"eps": 1e-5, "coarse_k": 6, "top_m": 6, "known_keys_STM": keys}
+        return search(*tensors[:4], arguments[4], tensors[4], **options)[1]
+
+    assert torch.autograd.gradcheck(scores, [t.requires_grad_() for i, t in enumerate(arguments) if i != 4])
+
+
+def test_torch_compile_sees_one_graph_of_a_search():
+    leaves = [t.requires_grad_() for t in raw(dtype=torch.float32)]
+
+    def total(*tensors):
+        return search(*tensors, eps=1e-5, coarse_k=8, top_m=8)[1].sum()
+
+    inputs = [leaf for i, leaf in enumerate(leaves) if i != 4]
+    plain = torch.autograd.grad(total(*leaves), inputs)
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    assert all(
+        relative_error(a, b) < 1e-6 for a, b in zip(torch.autograd.grad(compiled(*leaves), inputs), plain, strict=True)
+    )

@@ -23,8 +23,8 @@ class Spans(NamedTuple):
     columns: int = 384
 
 
-# Ways to cut the work, for autotuning; all give the same sums, bit by bit. Fewer columns at a time keep more of the inputs
-# in the L2 cache.
+# Ways to cut the work, for autotuning; all give the same sums, bit by bit. Fewer columns at a time keep more of the
+# inputs in the L2 cache.
 WAYS = {"segments": Spans(), "segments_192": Spans(16, 2, 4, 192), "segments_128": Spans(8, 4, 4, 128)}
 SORT_LIMIT = 1 << 22  # entries; beyond, blocks read too many other blocks' counts, and torch's sort is as good
 
