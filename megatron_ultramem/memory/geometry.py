@@ -77,6 +77,10 @@ def join_layers(model: ModelConfig) -> dict[int, int]:
         return {layer: layer for layer in layers}
     joined = parse_layers(memory.join_layers, model.num_layers, "model.memory.join_layers")
     shown = f"model.memory.join_layers={memory.join_layers!r}"
+    for name, text in (("layers", memory.layers), ("join_layers", memory.join_layers)):
+        firsts = [part.partition("-")[0].strip() for part in text.split(",")]
+        if len(firsts) > 1 and firsts != sorted(firsts, key=int):
+            raise ConfigError(f"model.memory.{name}={text!r} is matched in order; legal: ascending numbers")
     if len(joined) != len(layers):
         raise ConfigError(
             f"{shown} names {len(joined)} blocks for the {len(layers)} memory layers (model.memory.layers="

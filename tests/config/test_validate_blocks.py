@@ -30,6 +30,14 @@ REFUSED = {
         kind("ultramem", "model.memory.layers=3,8", "model.memory.join_layers=2,12"),
         ["join_layers='2,12'", "reads block 3 to block 2"],
     ),
+    "pairs-out-of-order": (
+        kind("ultramem", "model.memory.layers=3,8", "model.memory.join_layers=12,9"),
+        ["join_layers='12,9'", "ascending"],
+    ),
+    "readers-out-of-order": (
+        kind("ultramem", "model.memory.layers=8,3", "model.memory.join_layers=7,12"),
+        ["layers='8,3'", "ascending"],
+    ),
     "pairs-of-different-lengths": (
         kind("ultramem", "model.memory.layers=3,8", "model.memory.join_layers=12"),
         ["join_layers='12' names 1 blocks for the 2 memory layers"],
