@@ -490,7 +490,7 @@ def bench_partial(results: Results, ceilings: Ceilings, case: str, shape: Shape,
         results.add(case, f"{name}_of_floor", time / floor, "x")
 
 
-def bench_sweep(results: Results, ceilings: Ceilings, quick: bool) -> None:
+def bench_sweep(results: Results, ceilings: Ceilings, quick: bool, out: Path) -> None:
     """Lookups over tokens, m, widths and rows, uniform and Zipf."""
     base = {"keys": 1 << 12, "key_dim": 64, "coarse_k": 32, "hidden": 64}
     grid = [
@@ -504,6 +504,7 @@ def bench_sweep(results: Results, ceilings: Ceilings, quick: bool) -> None:
         for name, make_rows in (("uniform", uniform_rows), ("zipf", zipf_rows)):
             case = f"T{tokens}_m{m}_Dv{value_dim}_Dp{pre_value_dim}_{rows // 1000}k_{name}"
             results.case(case, bench_lookup, ceilings, case, shape, make_rows, tables, False)
+        write_results(out, "kernels", results.rows)
         del tables
 
 
@@ -543,7 +544,7 @@ def main() -> None:
         write_results(args.out, "kernels", results.rows)
         del tables
     if "sweep" in cases:
-        bench_sweep(results, ceilings, args.quick)
+        bench_sweep(results, ceilings, args.quick, args.out)
     write_results(args.out, "kernels", results.rows)
     if results.wrong:
         sys.exit("\n".join(("wrong results, not reported:", *results.wrong)))
