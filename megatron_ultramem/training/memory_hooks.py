@@ -46,14 +46,14 @@ class MemoryHooks:
         """
         for pool in self.pools:
             pool.reset_grad_count()  # of a step that an error ended
+        if self.graphs is not None:
+            self.graphs.begin_step()  # first: what is recorded must not be kept as if it had been computed
         for layer in self.layers:
             layer.begin_step()
         if self.ddp.ddp_config.overlap_param_gather:
             self._stale = {layer.layer for layer in self.layers}
         else:
             refresh_layers(self.layers)
-        if self.graphs is not None:
-            self.graphs.begin_step()
 
     def end_step(self) -> None:
         """Lets the layers take up what the micro-batches left. A collective call."""
