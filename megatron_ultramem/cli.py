@@ -10,8 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ultramem.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ultramem.config.schema import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "ranks", None) and "RANK" not in os.environ:
             from megatron_ultramem.launch import launch
 
-            return launch(args.ranks, arguments)
+            if args.run is _train:
+                _load_settings(args)  # what is wrong with them no restart mends
+            return launch(args.ranks, arguments, getattr(args, "max_restarts", 0))
         code: int | None = args.run(args)
         return code or 0
     except UserError as error:
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == "0" or not error.on_every_rank:
             where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}]"
             print(redact(f"error{where}: {error}"), file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -58,9 +64,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _lost_another_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because its other end is gone: that rank, or its launcher, says why."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(sign in str(error) for sign in signs)
+    """Whether a collective failed because its other end is gone: that rank, a third one, or its launcher says why."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from megatron_ultramem.training.watchdog import lost_another_rank
+
+    return lost_another_rank(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(train)
     _add_ranks(train)
+    train.add_argument(
+        "--max-restarts", type=int, default=0, help="with --ranks: start all again this often when one fails"
+    )
     train.set_defaults(run=_train)
 
     generate = commands.add_parser(
@@ -249,12 +261,17 @@ def _sections() -> str:
     return "\n".join(lines)
 
 
-def _train(args: argparse.Namespace) -> int:
+def _load_settings(args: argparse.Namespace) -> Config:
     from megatron_ultramem.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def _train(args: argparse.Namespace) -> int:
     from megatron_ultramem.training.requests import hold_back_stop_signal
 
     hold_back_stop_signal()  # before torch starts threads
-    config = load_config(args.config, args.overrides)
+    config = _load_settings(args)
     from megatron_ultramem.platform import prepare
 
     prepare(config.train.device)

@@ -5,6 +5,7 @@ class UserError(Exception):
     """Something the user can put right. The message names the setting or file, its value, and what would be legal."""
 
     on_every_rank = False  # raised alike on all ranks, so that one of them is enough to print it
+    exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
@@ -39,3 +40,9 @@ class ExchangeError(UserError):
 
 class LaunchError(UserError):
     """A job could not be submitted to a cluster."""
+
+
+class LostRankError(UserError):
+    """Another rank ended without a word. Raised by one of the ranks that are left, which names it."""
+
+    exit_code = 3

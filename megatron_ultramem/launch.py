@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from megatron_ultramem.errors import ConfigError
 
 
-def launch(ranks: int, arguments: Sequence[str]) -> int:
+def launch(ranks: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
     """Runs `ultramem <arguments>` on `ranks` local processes; returns 0, or the exit code of a process that failed.
 
-    The same as torchrun with --standalone, without its log of the failure: the failing rank has said why.
+    When a process fails all of them are started again, up to `max_restarts` times. The same as torchrun with
+    --standalone, without its log of the failure: the failing rank has said why.
     """
     if ranks < 1:
         raise ConfigError(f"--ranks {ranks}: legal: at least 1")
+    if max_restarts < 0:
+        raise ConfigError(f"--max-restarts {max_restarts}: legal: at least 0")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -31,7 +34,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
     )
     try:

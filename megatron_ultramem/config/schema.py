@@ -429,6 +429,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """Ranks that end, stop or hang, and steps that go wrong."""
+
+    watchdog: bool = setting(
+        True, "Ranks watch each other; a fault ends the run with a report in <run_dir>/faults.jsonl."
+    )
+    heartbeat_seconds: float = setting(2.0, "Every rank leaves a sign of life this often.", above=0)
+    silent_seconds: float = setting(
+        60.0, "A rank without a sign of life for so long has stopped, or its host is lost.", above=0
+    )
+    hang_minutes: Optional[float] = setting(
+        None, "A step, a save or an evaluation batch that takes longer hangs; null: parallel.timeout_minutes.", above=0
+    )
+
+
+@dataclass
 class LoggingConfig:
     """What is recorded. A JSONL metrics file is always written to <run_dir>/metrics.jsonl."""
 
@@ -475,4 +491,5 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig, metadata={"help": "Learning rate."})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "The run."})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "Checkpoints."})
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata={"help": "Faults and how they are met."})
     logging: LoggingConfig = field(default_factory=LoggingConfig, metadata={"help": "Metrics and logs."})

@@ -6,6 +6,7 @@ import re
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_blocks import validate_blocks
+from megatron_ultramem.config.validate_faults import validate_faults
 from megatron_ultramem.config.validate_graphs import validate_cuda_graphs
 from megatron_ultramem.config.validate_memory import expert_group_size, validate_memory_parallel
 from megatron_ultramem.config.validate_moe import validate_moe
@@ -27,6 +28,7 @@ def validate(config: Config, *, training: bool = True) -> None:
     validate_cuda_graphs(config)
     _validate_batches(config)
     _validate_rest(config)
+    validate_faults(config)
 
 
 def validate_world(config: Config, world_size: int) -> int:

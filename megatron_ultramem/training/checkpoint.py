@@ -36,6 +36,7 @@ from megatron_ultramem.training import checkpoint_folder as folders
 from megatron_ultramem.training import checkpoint_state as contents
 from megatron_ultramem.training import checksums
 from megatron_ultramem.training.optimizer import whole_parameters
+from megatron_ultramem.training.orphans import results_queue_that_ends_with_us
 from megatron_ultramem.training.restarts import launch_id
 
 
@@ -84,7 +85,7 @@ class CheckpointManager:
         self.folder = folders.checkpoint_dir(config)
         self.last_saved: Path | None = None
         self._shuffles = _shuffles(model)
-        self._hosts: list[str] = contents.all_gather(socket.gethostname())
+        self.hosts: list[str] = contents.all_gather(socket.gethostname())
         self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
         self._in_background: Save | None = None
 
@@ -119,6 +120,7 @@ class CheckpointManager:
         save = Save(folders.new_draft(target, _shared_token()), target, time.monotonic())
         self._on_rank_0(lambda: save.draft.mkdir(parents=True), f"checkpoint folder {save.draft} cannot be written")
         record = self._record(position)
+        results_queue_that_ends_with_us()
         with whole_parameters(self.chunks), self._write_errors(save):
             state: dict[str, Any] = contents.model_state(self.model)
             state.update(contents.training_state(state, self.optimizer, loading=False))
@@ -232,7 +234,7 @@ class CheckpointManager:
             try:
                 action()
             except OSError as error:
-                failure = f"{what}: {contents.reason(error)} (rank 0 on {self._hosts[0]}); {self._last_good()}"
+                failure = f"{what}: {contents.reason(error)} (rank 0 on {self.hosts[0]}); {self._last_good()}"
         contents.raise_alike(failure)
 
     @contextmanager
@@ -263,7 +265,7 @@ class CheckpointManager:
         """The rank where writing failed, as far as this one knows, and its host."""
         failed = error.failures if isinstance(error, CheckpointException) else {}
         ranks = sorted(failed) or [torch.distributed.get_rank()]
-        return ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks)
+        return ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
 
     def _last_good(self) -> str:
         return f"last good checkpoint: {self.last_saved or 'none'}"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.platform import Platform
 from megatron_ultramem.training.agreement import check_same_config
+from megatron_ultramem.training.flight_recorder import limit_buffer
 from megatron_ultramem.training.memory_graphs import release_all
+from megatron_ultramem.training.restarts import restart_count
 
 
 def world_size_from_environment() -> int:
@@ -34,13 +36,24 @@ def initialize_distributed(config: Config, platform: Platform) -> None:
 
 def create_process_group(config: Config, platform: Platform) -> None:
     """Torch's default group alone; raises ConfigError before if the layout does not fit the number of ranks."""
-    validate_world(config, world_size_from_environment())
+    world_size = world_size_from_environment()
+    validate_world(config, world_size)
+    limit_buffer()
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
-    alone: dict[str, Any] = (
-        {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-    )
+    rank = int(os.environ.get("RANK", "0"))
     # Without device_id: torch would then create a communicator for every one of Megatron's groups, used or not.
-    torch.distributed.init_process_group(platform.backend, timeout=timeout, **alone)
+    torch.distributed.init_process_group(
+        platform.backend, timeout=timeout, store=_store(timeout), rank=rank, world_size=world_size
+    )
+
+
+def _store(timeout: datetime.timedelta) -> torch.distributed.Store:
+    """Where ranks find each other: the launcher's store, or one of this process alone."""
+    if "RANK" not in os.environ:
+        return torch.distributed.HashStore()
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    # Ranks that torchrun's agent restarts find the same store, with the addresses of those that are gone.
+    return torch.distributed.PrefixStore(f"restart_{restart_count()}", store)
 
 
 def initialize_model_parallel(config: Config) -> None:

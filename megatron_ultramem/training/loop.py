@@ -29,12 +29,14 @@ from megatron_ultramem.training.profiling import Profiler
 from megatron_ultramem.training.progress import Progress
 from megatron_ultramem.training.rank_log import RankLog, rank_log
 from megatron_ultramem.training.requests import hold_back_stop_signal
+from megatron_ultramem.training.restarts import restart_count
 from megatron_ultramem.training.setup import Run, set_up
 from megatron_ultramem.training.spans import OPTIMIZER
 from megatron_ultramem.training.step import forward_backward
 from megatron_ultramem.training.stragglers import FILE as RANK_TIMES
 from megatron_ultramem.training.stragglers import Stragglers
 from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
+from megatron_ultramem.training.watchdog import Watchdog
 
 Metrics = dict[str, float]
 
@@ -46,8 +48,8 @@ def train(config: Config) -> int:
     """
     hold_back_stop_signal()
     try:
-        with rank_log(config) as log:
-            run = set_up(config)
+        with rank_log(config) as log, Watchdog(config) as watchdog:
+            run = set_up(config, watchdog)
             with run.requests.listening(Path(config.train.run_dir) if run.is_main else None):
                 return _train(run, log)
     finally:
@@ -77,6 +79,7 @@ def _train(run: Run, log: RankLog) -> int:
             log_due = _due(step, config.logging.interval, last_step)
             health_due = _due(step, config.logging.memory_health_interval)
 
+            run.watchdog.progress(step, "training")
             clock.begin_step()
             with probe.watch(health_due), profiler.step(step), run.spans.step():
                 metrics = train_step(run)
@@ -100,6 +103,7 @@ def _train(run: Run, log: RankLog) -> int:
             progress.update(step, metrics if log_due else None)
             if _due(step, config.checkpoint.interval, last_step) or requests.stop:
                 clock.pause()
+                run.watchdog.progress(step, "saving")
                 progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
         run.checkpoints.close()
         if not requests.stop or position.step >= config.train.steps:
@@ -169,6 +173,7 @@ def evaluate(run: Run) -> float:
         for chunk in run.chunks:
             chunk.eval()
         for index in range(config.train.eval_steps):
+            run.watchdog.progress(run.position.step, "evaluating")
             totals += forward_backward(
                 config,
                 run.megatron_config,
@@ -196,7 +201,9 @@ def _stop(run: Run, what: str, here: bool, *remarks: str) -> NoReturn:
     run.checkpoints.finish(blocking=True)
     everywhere: list[bool] = [False] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, here)
-    ranks = ", ".join(str(rank) for rank, bad in enumerate(everywhere) if bad) or "none alone, but in the sum"
+    hosts = run.checkpoints.hosts
+    ranks = ", ".join(f"{rank} on {hosts[rank]}" for rank, bad in enumerate(everywhere) if bad)
+    ranks = ranks or "none alone, but in the sum"
     last_good = f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
     raise TrainingError("; ".join((f"step {run.position.step + 1}: {what} (rank {ranks})", *remarks, last_good)))
 
@@ -235,8 +242,9 @@ def _throughput(run: Run) -> Throughput:
 def _opening(run: Run) -> str:
     p = run.config.parallel
     where = f"resuming after step {run.position.step}" if run.position.step else "starting"
+    restarted = f"restart {restart_count()}: " if restart_count() else ""
     return (
-        f"{where} in {run.config.train.run_dir}: {torch.distributed.get_world_size()} ranks on "
+        f"{restarted}{where} in {run.config.train.run_dir}: {torch.distributed.get_world_size()} ranks on "
         f"{run.platform.device.type} (TP {p.tensor_parallel_size}, PP {p.pipeline_parallel_size}, DP "
         f"{parallel_state.get_data_parallel_world_size()}), {run.config.train.precision}"
     )

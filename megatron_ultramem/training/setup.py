@@ -33,6 +33,7 @@ from megatron_ultramem.training.profiling import check_device
 from megatron_ultramem.training.requests import Requests
 from megatron_ultramem.training.spans import EXCHANGE, GRAD_SYNC, Spans
 from megatron_ultramem.training.tokenizers import Tokenizer, build_tokenizer
+from megatron_ultramem.training.watchdog import Watchdog
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Run:
     checkpoints: CheckpointManager
     train_data: list[BatchIterator]  # one for each model chunk
     valid_data: list[BatchIterator] | None
+    watchdog: Watchdog
     position: Position = field(default_factory=Position)
     requests: Requests = field(default_factory=Requests)
 
@@ -61,8 +63,11 @@ class Run:
         return torch.distributed.get_rank() == 0
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, watchdog: Watchdog | None = None) -> Run:
     """Checks everything that can be wrong, then builds process groups, model, optimizer and data, and resumes.
+
+    Args:
+        watchdog: begins to watch as soon as there are ranks to be watched; None: nobody watches.
 
     Raises the errors of `megatron_ultramem.errors`, all of the cheap ones before a process group or a model exists.
     """
@@ -83,6 +88,8 @@ def set_up(config: Config) -> Run:
     initialize_distributed(config, platform)
     seed_everything(config.train.seed)
     train_data, valid_data = _build_data(config, tokenizer, dense_mask=backend == "local")
+    if watchdog is not None:
+        watchdog.start()
     megatron_config, model = build_chunks(config, vocab_size, backend, platform.device)
     chunks, hooks = wrap_chunks(config, megatron_config, model)
     optimizer, scheduler = build_optimizer(config, chunks)
@@ -105,6 +112,7 @@ def set_up(config: Config) -> Run:
         checkpoints,
         train_data,
         valid_data,
+        watchdog or Watchdog(config),
     )
     run.position = checkpoints.resume()
     set_batch_size(config, run.position.consumed_samples)
