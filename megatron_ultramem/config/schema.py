@@ -442,6 +442,19 @@ class FaultsConfig:
     hang_minutes: Optional[float] = setting(
         None, "A step, a save or an evaluation batch that takes longer hangs; null: parallel.timeout_minutes.", above=0
     )
+    on_nonfinite: str = setting(
+        "stop",
+        "A loss or gradient that is not finite: stop the run; skip the batch; or rewind to the last checkpoint and go "
+        "on with the data after it.",
+        choices=("stop", "skip", "rewind"),
+    )
+    on_spike: str = setting("ignore", "A loss that leaps, likewise.", choices=("ignore", "stop", "skip", "rewind"))
+    spike_threshold: float = setting(
+        6.0, "A loss leaps when it is so many standard deviations above the mean of the last spike_window.", above=0
+    )
+    spike_window: int = setting(100, "Good steps that a leap is measured by.", minimum=2)
+    max_skips: int = setting(10, "Steps skipped in a row before the run stops.", minimum=0)
+    max_rewinds: int = setting(3, "Rewinds of one start before the run stops.", minimum=0)
 
 
 @dataclass

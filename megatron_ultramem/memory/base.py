@@ -128,6 +128,9 @@ class MemoryLayer(nn.Module, ABC):
     def end_step(self) -> None:
         """Takes up what the micro-batches of a step left; once per optimizer step, after it. May be a collective."""
 
+    def forget_step(self) -> None:
+        """Drops what the micro-batches left, of a step that is passed over."""
+
     def reset_parameters(self, seed: int) -> None:
         """Draws every parameter of this layer (not the pool's) from the seed and the layer's number."""
         for name, param in self.named_parameters():

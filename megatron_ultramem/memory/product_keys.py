@@ -179,6 +179,10 @@ class ProductKeyLayer(MemoryLayer):
         if self.retrieval.norm == "batch":
             self.retrieval.query_norm.end_step()
 
+    def forget_step(self) -> None:
+        if self.retrieval.norm == "batch":
+            self.retrieval.query_norm.forget_step()
+
     def reset_parameters(self, seed: int) -> None:
         super().reset_parameters(seed)
         if self.retrieval.norm == "batch":

@@ -90,6 +90,10 @@ class QueryBatchNorm(Fp32Buffers):
         self.running_mean.lerp_(mean_Q, weight)
         self.running_var.lerp_(var_Q, weight)
 
+    def forget_step(self) -> None:
+        """Drops the statistics of the micro-batches since the last step."""
+        self.pending.zero_()
+
     def _statistics(self, wide_TQ: torch.Tensor, count: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and biased variance over the tokens of the micro-batch."""
         tokens = torch.full((1,), len(wide_TQ), dtype=wide_TQ.dtype, device=wide_TQ.device)

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Position:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # by which a leap of the loss is measured
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,18 @@ class CheckpointManager:
         """
         self._on_rank_0(lambda: folders.remove_leftovers(self.folder), f"checkpoint folder {self.folder}")
         wanted, whole_state = choice.wanted(self.config)
-        damaged: dict[Path, str] = {}
-        for folder in wanted:
-            if damage := choice.find_damage(folder, checks_files=self.config.checkpoint.verify):
-                damaged[folder] = damage
-                continue
-            for bad, damage in damaged.items():
-                choice.warn(f"{damage}; it is renamed to {bad.name}.damaged, and {folder.name} is taken instead")
-                self._on_rank_0(partial(folders.set_aside, bad), f"checkpoint {bad} cannot be renamed")
-            return self.load(folder, whole_state)
-        if damaged:
-            raise DamagedCheckpointError(
-                f"{next(iter(damaged.values()))}; there is no other to go on from; legal: another one as "
-                "checkpoint.load, or checkpoint.load=none, which starts afresh"
-            )
+        if wanted:
+            return self._load_first_whole(wanted, whole_state, falls_back=self.config.checkpoint.load == "auto")
         return Position()
+
+    def rewind(self) -> Position:
+        """Loads the last checkpoint that this run has saved or resumed from, or an older one if that is damaged. No
+        background save may be under way."""
+        assert self.last_saved is not None
+        last = self.last_saved
+        older = [path for path in folders.list_checkpoints(self.folder)[::-1] if path.name < last.name]
+        with whole_parameters(self.chunks):
+            return self._load_first_whole([last, *older], whole_state=True, falls_back=True)
 
     def save(self, position: Position) -> Path:
         """Saves everything that a bitwise resume needs; returns the folder that (once finished) holds it."""
@@ -192,11 +190,30 @@ class CheckpointManager:
             contents.restore_rng(loaded["rng"])
         self._warn_of_changes(folder, record, with_rng)
         self.last_saved = folder
-        return Position(record.step, record.consumed_samples, record.consumed_tokens)
+        return Position(record.step, record.consumed_samples, record.consumed_tokens, list(record.recent_losses))
+
+    def _load_first_whole(self, candidates: list[Path], whole_state: bool, falls_back: bool) -> Position:
+        """Loads the first checkpoint that is not damaged. The damaged ones before it are renamed, with a warning."""
+        damaged: dict[Path, str] = {}
+        for folder in candidates:
+            if damage := choice.find_damage(folder, checks_files=self.config.checkpoint.verify):
+                damaged[folder] = damage
+                continue
+            for bad, damage in damaged.items() if falls_back else ():
+                choice.warn(f"{damage}; it is renamed to {bad.name}.damaged, and {folder.name} is taken instead")
+                self._on_rank_0(partial(folders.set_aside, bad), f"checkpoint {bad} cannot be renamed")
+            return self.load(folder, whole_state)
+        raise DamagedCheckpointError(
+            f"{damaged[candidates[0]]}; there is no other to go on from; legal: another one as checkpoint.load, or "
+            "checkpoint.load=none, which starts afresh"
+        )
 
     def _record(self, position: Position) -> folders.Record:
         return folders.Record(
-            **vars(position),
+            step=position.step,
+            consumed_samples=position.consumed_samples,
+            consumed_tokens=position.consumed_tokens,
+            recent_losses=tuple(position.recent_losses),
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             layout=contents.layout(self.config),

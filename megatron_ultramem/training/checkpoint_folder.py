@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Record:
     versions: Mapping[str, str]
     saved_at: str  # UTC
     weights_only: bool = False  # converted from another format: there is no optimizer state
+    recent_losses: Sequence[float] = ()  # of the last good steps, where leaps of the loss are looked for
     launch: str = ""  # identity of the launch that saved it (`restarts.launch_id`)
 
     def to_json(self) -> str:

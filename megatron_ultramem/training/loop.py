@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from megatron.core import num_microbatches_calculator as batch_size
@@ -15,13 +13,13 @@ from megatron.core import parallel_state
 from megatron_ultramem.compat import forget_moe_losses
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.errors import TrainingError
 from megatron_ultramem.planning.devices import peak_bf16_flops
 from megatron_ultramem.planning.flops import flops_per_token
+from megatron_ultramem.training.anomalies import meet, rewind
 from megatron_ultramem.training.data import BatchIterator
 from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
-from megatron_ultramem.training.memory_hooks import begin_step, end_step
+from megatron_ultramem.training.memory_hooks import begin_step, end_step, forget_step
 from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.moe_metrics import moe_metrics
 from megatron_ultramem.training.optimizer import whole_parameters
@@ -36,6 +34,7 @@ from megatron_ultramem.training.step import forward_backward
 from megatron_ultramem.training.stragglers import FILE as RANK_TIMES
 from megatron_ultramem.training.stragglers import Stragglers
 from megatron_ultramem.training.throughput import Throughput, peak_memory_gib
+from megatron_ultramem.training.update import gradient_norm, update
 from megatron_ultramem.training.watchdog import Watchdog
 
 Metrics = dict[str, float]
@@ -57,25 +56,25 @@ def train(config: Config) -> int:
 
 
 def _train(run: Run, log: RankLog) -> int:
-    config, position, requests = run.config, run.position, run.requests
+    config, requests = run.config, run.requests
     run_dir = Path(config.train.run_dir)
     last_step = config.train.steps
     if config.train.exit_after_steps is not None:
-        last_step = min(last_step, position.step + config.train.exit_after_steps)
+        last_step = min(last_step, run.position.step + config.train.exit_after_steps)
     if run.is_main:
         save_config(config, run_dir / "config.yaml")
-    logger = MetricsLogger(config, start_step=position.step, enabled=run.is_main)
-    progress = Progress(config.train.steps, position.step, enabled=run.is_main, live=config.logging.progress)
+    logger = MetricsLogger(config, start_step=run.position.step, enabled=run.is_main)
+    progress = Progress(config.train.steps, run.position.step, enabled=run.is_main, live=config.logging.progress)
     clock = _throughput(run)
     probe = MemoryHealthProbe(run.model)
     stragglers = Stragglers(run.spans, run.platform.device, run_dir / RANK_TIMES if run.is_main else None)
     profiler = _profiler(run)
     with progress, closing(logger), closing(profiler):
         progress.message(_opening(run))
-        if position.step >= last_step:
+        if run.position.step >= last_step:
             progress.message(f"nothing left to do: train.steps = {config.train.steps}")
-        while position.step < last_step and not requests.stop:
-            log.step = step = position.step + 1
+        while run.position.step < last_step and not requests.stop:
+            log.step = step = run.position.step + 1
             log_due = _due(step, config.logging.interval, last_step)
             health_due = _due(step, config.logging.memory_health_interval)
 
@@ -85,6 +84,12 @@ def _train(run: Run, log: RankLog) -> int:
                 metrics = train_step(run)
             clock.end_step(int(metrics["tokens_in_step"]))
             run.checkpoints.finish()
+            if run.judge.wants_rewind:
+                went_back = rewind(run)
+                logger.rewind(run.position.step)
+                logger.log(run.position.step, went_back)
+                progress.message(f"step {step}: back to step {run.position.step}, as {run.judge.last}")
+                continue
 
             if log_due:
                 metrics |= clock.read() | stragglers.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
@@ -98,22 +103,24 @@ def _train(run: Run, log: RankLog) -> int:
                 clock.pause()
                 metrics["valid_loss"] = evaluate(run)
                 progress.message(f"step {step}: validation loss {metrics['valid_loss']:.4f}")
-            if log_due or health_due or "valid_loss" in metrics:
+            if metrics["skipped"]:
+                progress.message(f"step {step}: skipped, as {run.judge.last}")
+            if log_due or health_due or metrics["skipped"] or "valid_loss" in metrics:
                 logger.log(step, metrics)
             progress.update(step, metrics if log_due else None)
             if _due(step, config.checkpoint.interval, last_step) or requests.stop:
                 clock.pause()
                 run.watchdog.progress(step, "saving")
-                progress.message(f"step {step}: saving {run.checkpoints.save(position)}")
+                progress.message(f"step {step}: saving {run.checkpoints.save(run.position)}")
         run.checkpoints.close()
-        if not requests.stop or position.step >= config.train.steps:
+        if not requests.stop or run.position.step >= config.train.steps:
             return 0
-        progress.message(f"step {position.step}: stopped by {requests.reason}; start the run again to go on")
+        progress.message(f"step {run.position.step}: stopped by {requests.reason}; start the run again to go on")
         return requests.exit_status
 
 
 def train_step(run: Run) -> Metrics:
-    """One optimizer step; raises TrainingError, before anything is updated, if the loss is not finite."""
+    """One optimizer step; nothing is updated if its loss or its gradient is wrong (see `anomalies.py`)."""
     begin_step(run.memory_hooks)
     forget_moe_losses()
     for chunk in run.chunks:
@@ -133,28 +140,30 @@ def train_step(run: Run) -> Metrics:
     )
     loss_sum, tokens, *flags = totals.all_ranks.tolist()  # the one wait for the device in a step
     run.requests.agree(flags)
-    if not math.isfinite(loss_sum):
-        here = not math.isfinite(float(totals.this_rank[0]))
-        _stop(run, f"the loss is {loss_sum}", here, "nothing was updated")
-
+    loss = loss_sum / max(tokens, 1.0)
     run.scheduler.step(1)
     with run.spans.measure(OPTIMIZER):
-        updated, grad_norm, _ = run.optimizer.step()
-    if grad_norm is not None and not math.isfinite(grad_norm):
-        _stop(run, f"the gradient norm is {grad_norm} though the loss is finite", not _finite_gradients(run))
+        grad_norm = gradient_norm(run.optimizer)
+        anomaly = run.judge.look(loss, grad_norm, run.position.recent_losses)
+        if anomaly is None:
+            update(run.optimizer, grad_norm, run.config.optimizer.clip_grad)
+            end_step(run.memory_hooks)
+        else:
+            meet(run, anomaly, totals)
+            forget_step(run.memory_hooks)
 
-    end_step(run.memory_hooks)
     samples = batch_size.get_current_global_batch_size()
     run.position.step += 1
     run.position.consumed_samples += samples
     run.position.consumed_tokens += samples * run.config.data.sequence_length
     lr, value_lr = run.scheduler.learning_rates()
     return {
-        "loss": loss_sum / max(tokens, 1.0),
+        "loss": loss,
         "lr": lr,
         "value_lr": value_lr,
-        "grad_norm": float(grad_norm) if grad_norm is not None else math.nan,
-        "skipped": 0.0 if updated else 1.0,
+        "grad_norm": grad_norm,
+        "skipped": 0.0 if anomaly is None else 1.0,
+        **({} if anomaly is None else {f"anomaly/{anomaly.kind}": 1.0}),
         "tokens": float(run.position.consumed_tokens),
         "tokens_in_step": float(samples * run.config.data.sequence_length),
         "batch_size": float(samples),
@@ -194,23 +203,6 @@ def micro_batches(
 ) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
     """The next `count` micro-batches, for each model chunk from its own iterator."""
     return lambda chunk: iterators[chunk].step(consumed_samples, count)
-
-
-def _stop(run: Run, what: str, here: bool, *remarks: str) -> NoReturn:
-    """Raises the same TrainingError on every rank, naming those where it happened (`here`) and the last checkpoint."""
-    run.checkpoints.finish(blocking=True)
-    everywhere: list[bool] = [False] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, here)
-    hosts = run.checkpoints.hosts
-    ranks = ", ".join(f"{rank} on {hosts[rank]}" for rank, bad in enumerate(everywhere) if bad)
-    ranks = ranks or "none alone, but in the sum"
-    last_good = f"last good checkpoint: {run.checkpoints.last_saved or 'none'}"
-    raise TrainingError("; ".join((f"step {run.position.step + 1}: {what} (rank {ranks})", *remarks, last_good)))
-
-
-def _finite_gradients(run: Run) -> bool:
-    buffers = [buffer for chunk in run.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    return all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
 
 
 def _memory_health(probe: MemoryHealthProbe) -> Metrics:

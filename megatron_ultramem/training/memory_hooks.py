@@ -60,6 +60,11 @@ class MemoryHooks:
         for layer in self.layers:
             layer.end_step()
 
+    def forget_step(self) -> None:
+        """Lets the layers drop what the micro-batches left."""
+        for layer in self.layers:
+            layer.forget_step()
+
     def _gradients_ready(self, params: Sequence[torch.nn.Parameter]) -> None:
         for param in params:
             self._grad_ready(param)
@@ -92,6 +97,12 @@ def end_step(hooks: Sequence[MemoryHooks]) -> None:
     """`MemoryHooks.end_step` for every chunk of a rank."""
     for chunk in hooks:
         chunk.end_step()
+
+
+def forget_step(hooks: Sequence[MemoryHooks]) -> None:
+    """`MemoryHooks.forget_step` for every chunk of a rank."""
+    for chunk in hooks:
+        chunk.forget_step()
 
 
 def _join_streams(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Where metrics go: a JSONL file always, TensorBoard, Weights & Biases and Prometheus when asked for.
 
 Names used by the trainer: loss, valid_loss, lr, value_lr, grad_norm, tokens, tokens_per_s, tflops_per_gpu, mfu,
-step_time_s, memory_gib, skipped, the parts of a step as in time/data_s (`stragglers.PARTS`), rank_time/*, and
-memory-health metrics such as memory/layer_03/rows_touched.
+step_time_s, memory_gib, skipped, anomaly/* and rewound_from (`anomalies.py`), the parts of a step as in time/data_s
+(`stragglers.PARTS`), rank_time/*, and memory-health metrics such as memory/layer_03/rows_touched.
 
 The JSONL file holds one object per call of `log`, with the key "step"; several lines may carry the same step (an
 evaluation, for example) and then complete each other. A value that is not finite is written as null, so that every
@@ -12,6 +12,7 @@ lost and go to metrics_dropped.jsonl, so that metrics.jsonl stays one consistent
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -34,6 +35,8 @@ class Sink(Protocol):
     """One destination of metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -66,6 +69,11 @@ class MetricsLogger:
         for sink in self._sinks:
             sink.log(step, numbers)
 
+    def rewind(self, step: int) -> None:
+        """Takes back what was recorded beyond `step`, to which the run has returned, where a sink can."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
     def close(self) -> None:
         """Flushes and closes every sink; a second call does nothing."""
         for sink in self._sinks:
@@ -78,13 +86,20 @@ class JsonlSink:
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self._path = run_dir / METRICS_FILE
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 drop_lines_after(self._path, start_step)
             self._file: IO[str] = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         except OSError as error:
             raise TrainingError(f"cannot write the metrics file {self._path}: {error}") from error
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self._open(step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
@@ -95,7 +110,8 @@ class JsonlSink:
             raise TrainingError(f"cannot write the metrics file {self._path}: {error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line whose failure `log` has reported
+            self._file.close()
 
 
 def drop_lines_after(path: Path, last_step: int) -> None:
@@ -141,12 +157,17 @@ class TensorBoardSink:
                 f"logging.tensorboard=true, but TensorBoard cannot be imported ({error}): "
                 "install the package tensorboard, or set logging.tensorboard=false"
             ) from error
-        self._writer: Any = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+        self._make = lambda step: SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        self._writer: Any = self._make(start_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._make(step)
 
     def close(self) -> None:
         self._writer.close()
@@ -189,6 +210,9 @@ class WandbSink:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
+
+    def rewind(self, step: int) -> None:
+        """Curves keep both passages: Weights & Biases takes nothing back."""
 
     def close(self) -> None:
         self._run.finish()

@@ -56,6 +56,9 @@ class PrometheusSink:
             gauge = self._gauges[name]
             (gauge.labels(layer=str(int(match[2]))) if match else gauge).set(value)
 
+    def rewind(self, step: int) -> None:
+        """Nothing to take back: gauges hold the newest values."""
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()

@@ -22,6 +22,7 @@ from megatron_ultramem.model.build import build_chunks, value_pools
 from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.platform import Platform, prepare, resolve_backend, seed_everything, set_deterministic
 from megatron_ultramem.redaction import refuse_secrets
+from megatron_ultramem.training.anomalies import AnomalyJudge
 from megatron_ultramem.training.checkpoint import CheckpointManager, Position
 from megatron_ultramem.training.checkpoint_choice import check_wanted
 from megatron_ultramem.training.checkpoint_folder import check_writable, checkpoint_dir
@@ -54,6 +55,7 @@ class Run:
     train_data: list[BatchIterator]  # one for each model chunk
     valid_data: list[BatchIterator] | None
     watchdog: Watchdog
+    judge: AnomalyJudge
     position: Position = field(default_factory=Position)
     requests: Requests = field(default_factory=Requests)
 
@@ -113,6 +115,7 @@ def set_up(config: Config, watchdog: Watchdog | None = None) -> Run:
         train_data,
         valid_data,
         watchdog or Watchdog(config),
+        AnomalyJudge(config.faults),
     )
     run.position = checkpoints.resume()
     set_batch_size(config, run.position.consumed_samples)
@@ -179,6 +182,7 @@ def _build_data(
                 size,
                 config.data.num_workers,
                 dense_attention_mask=dense_mask,
+                wraps="rewind" in (config.faults.on_nonfinite, config.faults.on_spike),
             )
             for _ in range(config.parallel.virtual_pipeline_stages)
         ]

@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +34,8 @@ from megatron_ultramem.errors import ExchangeError, LostRankError
 from megatron_ultramem.training import flight_recorder
 from megatron_ultramem.training.heartbeat import ENDED, Sign, SignBoard, connect_store
 from megatron_ultramem.training.restarts import restart_count
+
+logger = logging.getLogger(__name__)
 
 EXIT_CODE = 4
 FAULTS_FILE, FAULTS_FOLDER = "faults.jsonl", "faults"  # in the run folder
@@ -131,7 +133,7 @@ class Watchdog:
             except RuntimeError as error:  # of the store
                 if self._stopping.is_set():
                     return
-                _say(f"error [rank {self.rank}]: the launcher's store is gone, and its host with it: {_line(error)}")
+                self._say(f"the launcher's store is gone, and its host with it: {_line(error)}")
                 self._leave()
 
     def _post(self) -> None:
@@ -143,7 +145,7 @@ class Watchdog:
         """Declares a fault; reports it if no other rank has; ends this rank."""
         if self._board is None or self._board.declare("fault", self.rank):
             text, ranks = describe()
-            _say(f"error [rank {self.rank}]: {text}")
+            self._say(text)
             self._record(kind, text, ranks)
             time.sleep(2 * self.interval)  # the launcher ends the others when the first one ends
         self._leave()
@@ -217,7 +219,10 @@ class Watchdog:
             with (self.run_dir / FAULTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            _say(f"error [rank {self.rank}]: {FAULTS_FILE} cannot be written: {error}")
+            self._say(f"{FAULTS_FILE} cannot be written: {error}")
+
+    def _say(self, text: str) -> None:
+        logger.error("error [rank %d]: %s", self.rank, text)
 
     def _leave_behind(self) -> None:
         """What this rank is doing: the stacks of its threads, and the flight recorder's list of collectives."""
@@ -229,7 +234,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
             (folder / f"{name}.collectives.json").write_text(json.dumps(flight_recorder.trace(), indent=1))
         except OSError as error:
-            _say(f"error [rank {self.rank}]: stacks and collectives cannot be written: {error}")
+            self._say(f"stacks and collectives cannot be written: {error}")
 
     def _leave(self) -> NoReturn:
         """Ends this process from the watchdog's thread: its main thread may wait forever."""
@@ -262,7 +267,3 @@ def _runs(pid: int) -> bool:
 def _line(error: BaseException) -> str:
     """The first sentence of an error's last line."""
     return (str(error).splitlines() or [type(error).__name__])[-1].split(". ")[0]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

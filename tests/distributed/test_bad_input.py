@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -270,7 +271,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_name_the_last_good_check
     assert_one_clear_error(
         result,
         rf"step 4: the gradient norm is (nan|inf) though the loss is finite \(rank 0 on \S+\); "
-        rf"last good checkpoint: {last_good}$",
+        rf"nothing was updated; last good checkpoint: {last_good}$",
     )
     assert last_good.is_dir()
     assert contents(run).items() >= {name: data for name, data in before.items() if "checkpoints" in name}.items()
@@ -282,7 +283,8 @@ def test_a_loss_that_is_not_finite_names_the_rank_that_has_it(
     results = pool.run(2, _train_with_one_poisoned_rank, settings)
     last_good = run_dir / "checkpoints" / "step_00000002"
     for message, changed in results:
-        assert message == (f"step 3: the loss is nan (rank 1); nothing was updated; last good checkpoint: {last_good}")
+        where = f"rank 1 on {socket.gethostname()}"
+        assert message == f"step 3: the loss is nan ({where}); nothing was updated; last good checkpoint: {last_good}"
         assert not changed
 
 

@@ -13,6 +13,7 @@ Legend: b micro-batch size, s sequence length, n documents (or parts of document
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
@@ -42,14 +43,19 @@ class BatchIterator:
         num_workers: int = 0,
         *,
         dense_attention_mask: bool = True,
+        wraps: bool = False,
     ) -> None:
-        """dense_attention_mask: if document boundaries are masked, make the [b, 1, s, s] mask beside `cu_seqlens`."""
+        """
+        Args:
+            dense_attention_mask: if document boundaries are masked, make the [b, 1, s, s] mask beside `cu_seqlens`.
+            wraps: begin anew after the last sample, for a run that may pass over data (`anomalies.rewind`).
+        """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank={dp_rank}: legal: 0 to {dp_size - 1}")
         self._dataset = dataset
         self._length = len(cast(Sized, dataset))
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
-        self._num_workers = num_workers
+        self._num_workers, self._wraps = num_workers, wraps
         settings: Any = dataset.config  # type: ignore[attr-defined]  # a GPTDatasetConfig
         self._collate = Collate(
             eod=settings.tokenizer.eod, mask_documents=settings.reset_attention_mask, dense_mask=dense_attention_mask
@@ -68,7 +74,7 @@ class BatchIterator:
         """
         stride = self._micro_batch_size * self._dp_size
         last = consumed_samples + num_microbatches * stride
-        if last > self._length:
+        if last > self._length and not self._wraps:
             raise TrainingError(
                 f"samples {consumed_samples} to {last} are wanted, but the dataset was built for {self._length}; "
                 "build it for all steps of the run"
@@ -83,7 +89,7 @@ class BatchIterator:
 
     def _read(self, position: int) -> Batch:
         first = position + self._dp_rank * self._micro_batch_size
-        return self._collate([self._dataset[i] for i in range(first, first + self._micro_batch_size)])
+        return self._collate([self._dataset[i % self._length] for i in range(first, first + self._micro_batch_size)])
 
     def _read_ahead(self, consumed_samples: int, num_microbatches: int, stride: int) -> Iterator[Batch]:
         for j in range(num_microbatches):
@@ -96,7 +102,9 @@ class BatchIterator:
     def _loader(self, position: int) -> DataLoader[Any]:
         return DataLoader(
             self._dataset,
-            batch_sampler=Progression(position, self._length, self._micro_batch_size, self._dp_rank, self._dp_size),
+            batch_sampler=Progression(
+                position, self._length, self._micro_batch_size, self._dp_rank, self._dp_size, wraps=self._wraps
+            ),
             num_workers=self._num_workers,
             collate_fn=self._collate,
             worker_init_fn=_outlive_termination,
@@ -110,18 +118,22 @@ def _outlive_termination(worker: int) -> None:
 
 
 class Progression(Sampler[list[int]]):
-    """Sample numbers of one rank's micro-batches from `position` on, to the last one that is whole on every rank."""
+    """Sample numbers of one rank's micro-batches from `position` on, to the last one that is whole on every rank; or
+    without an end, if it wraps."""
 
-    def __init__(self, position: int, length: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, position: int, length: int, micro_batch_size: int, dp_rank: int, dp_size: int, *, wraps: bool = False
+    ) -> None:
         self._stride = micro_batch_size * dp_size
         self._offset = dp_rank * micro_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._starts = range(position, length - self._stride + 1, self._stride)
+        self._micro_batch_size, self._length = micro_batch_size, length
+        end = sys.maxsize if wraps else length - self._stride + 1
+        self._starts = range(position, end, self._stride)
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in self._starts:
             first = start + self._offset
-            yield list(range(first, first + self._micro_batch_size))
+            yield [i % self._length for i in range(first, first + self._micro_batch_size)]
 
     def __len__(self) -> int:
         return len(self._starts)
