@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class Record:
     versions: Mapping[str, str]
     saved_at: str  # UTC
     weights_only: bool = False  # converted from another format: there is no optimizer state
-    recent_losses: Sequence[float] = ()  # of the last good steps, where leaps of the loss are looked for
+    recent_losses: tuple[float, ...] = ()  # of the last good steps, where leaps of the loss are looked for
     launch: str = ""  # identity of the launch that saved it (`restarts.launch_id`)
 
     def to_json(self) -> str:
@@ -125,6 +125,7 @@ def read_record(folder: Path) -> Record:
         )
     try:
         content = json.loads((folder / "run.json").read_text())
+        content["recent_losses"] = tuple(content.get("recent_losses", ()))
         record = Record(
             **{
                 field.name: content[field.name]
