@@ -79,3 +79,32 @@ def test_recomputation_takes_over_the_kernels_selection(
     model(tokens(5)).sum().backward()
     heads = settings.get("num_heads", 1)
     assert known == [False] * heads + [True] * heads
+
+
+def test_keys_are_normalised_once_in_a_step_and_anew_in_the_next(
+    small_model: Callable[..., Any], tokens: Callable[..., torch.Tensor]
+) -> None:
+    model = small_model(1, kernels="fused")
+    layer, x = next(m for m in model.modules() if hasattr(m, "retrieval")), tokens(5)
+    layer.begin_step()
+    before = model(x)
+    (kept,) = layer.retrieval._kept_keys
+    first = kept.keys_SRWD
+    assert torch.equal(model(x), before) and kept.keys_SRWD is first
+    layer.end_step()
+    with torch.no_grad():
+        layer.retrieval.keys.mul_(torch.randn_like(layer.retrieval.keys))
+    after = model(x)
+    assert not torch.equal(after, before)
+    layer.begin_step()
+    assert torch.equal(model(x), after)
+
+
+def test_the_leading_vectors_that_kernels_read_are_the_buffers(small_model: Callable[..., Any]) -> None:
+    model = small_model(1, kernels="fused", num_heads=2).to(torch.bfloat16)
+    retrieval = next(m for m in model.modules() if hasattr(m, "retrieval")).retrieval
+    leading = retrieval.leading()
+    model.load_state_dict({name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()})
+    assert leading.dtype == torch.float32 and (leading == 0.5).all()
+    retrieval.u.neg_()
+    assert retrieval.leading() is leading and (leading[:, 0] == -0.5).all() and (leading[:, 1] == 0.5).all()
