@@ -236,6 +236,15 @@ def _add_conversions(parser: argparse.ArgumentParser) -> None:
         settings,
     )
     add_verification(from_hf)
+    upcycle = add(
+        "upcycle",
+        "a dense Hugging Face folder to a checkpoint with memory layers whose output is zero: the same logits",
+        "Hugging Face folder (Llama-style, OLMoE, or UltraMem without memory)",
+        checkpoint,
+        settings,
+    )
+    upcycle.add_argument("--config", type=Path, required=True, help="YAML file with model.memory, and the new run")
+    add_verification(upcycle)
     add(
         "from-released",
         "a checkpoint of the released research code (model.pt, config.yaml) to one to train on from",

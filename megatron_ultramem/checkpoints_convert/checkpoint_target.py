@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from megatron_ultramem.checkpoints_convert import shuffles
-from megatron_ultramem.checkpoints_convert.conversion_file import Conversion
 from megatron_ultramem.checkpoints_convert.megatron_writer import write_checkpoint
 from megatron_ultramem.checkpoints_convert.names_of_memory import FP32
 from megatron_ultramem.checkpoints_convert.tensors import Made, Recipe, TensorInfo, TensorReader
@@ -20,6 +19,7 @@ from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError
 from megatron_ultramem.training.checkpoint_folder import Record
+from megatron_ultramem.training.checksums import complete_sums, sha256
 
 ORIGIN = ("step", "consumed_samples", "consumed_tokens")
 
@@ -34,7 +34,6 @@ class Import:
         tokenizer: with the place where its file will be.
         recipes: of every tensor of the checkpoint.
         compared: tensors of the source that only had to equal something, and what.
-        conversion: what a folder that we wrote says of itself.
         origin: step, consumed_samples and consumed_tokens of the run that the model comes from.
     """
 
@@ -45,7 +44,6 @@ class Import:
     recipes: Sequence[Recipe]
     compared: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGIN, 0))
-    conversion: Conversion | None = None
 
 
 def write_model(draft: Path, model: Import, tensors: Sequence[Made], advance: Callable[[int], None]) -> None:
@@ -73,6 +71,7 @@ def write_model(draft: Path, model: Import, tensors: Sequence[Made], advance: Ca
         weights_only=True,
     )
     (draft / "run.json").write_text(record.to_json())
+    complete_sums(draft, {path.name: sha256(path) for path in draft.glob("*.distcp")})
 
 
 def precision_of(tensors: Mapping[str, TensorInfo], source: object) -> str:

@@ -9,17 +9,29 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from megatron_ultramem.checkpoints_convert import verify
 from megatron_ultramem.checkpoints_convert.account import print_account
 from megatron_ultramem.checkpoints_convert.checkpoint_target import Import, write_model
+from megatron_ultramem.checkpoints_convert.from_huggingface import ULTRAMEM, Folder, read_folder
 from megatron_ultramem.checkpoints_convert.target_folder import check_free, new_folder
 from megatron_ultramem.checkpoints_convert.tensors import Made, Recipe, TensorInfo, make
-from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.errors import CheckpointError, ConfigError
+from megatron_ultramem.training.checksums import SUMS_FILE, find_damage
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -37,7 +49,8 @@ def run_convert(args: argparse.Namespace) -> None:
         )
     _quiet_transformers()
     console = Console(highlight=False, soft_wrap=True)
-    {"to-hf": _to_hf, "from-hf": _from_hf, "from-released": _from_released}[args.direction](args, console)
+    directions = {"to-hf": _to_hf, "from-hf": _from_hf, "from-released": _from_released, "upcycle": _upcycle}
+    directions[args.direction](args, console)
 
 
 def parse_size(text: str) -> int:
@@ -56,6 +69,7 @@ def _to_hf(args: argparse.Namespace, console: Console) -> None:
     shard_bytes = parse_size(args.max_shard_size)
     check_free(args.target)
     export = export_checkpoint(args.source, args.overrides)
+    _check_sums(export.folder, console)
     tensors = [make(recipe, export.reader) for recipe in export.recipes]
     with new_folder(args.target, _bytes(tensors)) as draft:
         with _progress(console, "writing", _bytes(tensors)) as advance:
@@ -75,22 +89,48 @@ def _to_hf(args: argparse.Namespace, console: Console) -> None:
 
 
 def _from_hf(args: argparse.Namespace, console: Console) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from megatron_ultramem.checkpoints_convert.from_huggingface import ULTRAMEM, import_folder, model_type
-    from megatron_ultramem.checkpoints_convert.huggingface.modeling_ultramem import UltraMemForCausalLM
-    from megatron_ultramem.checkpoints_convert.safetensors_reader import SafetensorsReader
+    from megatron_ultramem.checkpoints_convert.from_huggingface import import_folder
 
     check_free(args.target)
-    model = import_folder(args.source, args.target.absolute(), args.overrides)
-    if model.conversion is not None:
-        assert isinstance(model.reader, SafetensorsReader)
-        with _progress(console, "checking", model.reader.file_bytes) as advance:
-            model.reader.check_digests(model.conversion.digests, advance)
-    # Never the code that lies in the folder: it came from somewhere else.
-    loader = UltraMemForCausalLM if model_type(args.source) == ULTRAMEM else AutoModelForCausalLM
-    _write_import(args, console, model, lambda prompts, precision: verify.their_logits(
-        args.source, prompts, precision, loader))  # fmt: skip
+    folder = read_folder(args.source)
+    _check_sums(args.source, console)
+    model = import_folder(folder, args.target.absolute(), args.overrides)
+    _write_import(args, console, model, _their_logits(folder))
+
+
+def _upcycle(args: argparse.Namespace, console: Console) -> None:
+    from megatron_ultramem.checkpoints_convert.upcycle import import_upcycled
+
+    check_free(args.target)
+    folder = read_folder(args.source)
+    _check_sums(args.source, console)
+    model = import_upcycled(folder, args.target.absolute(), args.config, args.overrides)
+    _write_import(args, console, model, _their_logits(folder))
+
+
+def _check_sums(folder: Path, console: Console) -> None:
+    """Compares a source with its checksums, if it has any."""
+    if not (folder / SUMS_FILE).exists():
+        return
+    files = len((folder / SUMS_FILE).read_bytes().splitlines())
+    with _progress(console, "checking", files, MofNCompleteColumn()) as advance:
+        for number in range(files):
+            if damage := find_damage(folder, number, files):
+                raise CheckpointError(
+                    f"{folder} is damaged: {damage}; legal: an undamaged copy or, if it was changed on purpose, the "
+                    f"same without {SUMS_FILE}"
+                )
+            advance(1)
+
+
+def _their_logits(folder: Folder) -> Callable[[Sequence[Sequence[int]], str], Any]:
+    """Never by the code that lies in the folder: it came from somewhere else."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_ultramem.checkpoints_convert.huggingface.modeling_ultramem import UltraMemForCausalLM
+
+    loader = UltraMemForCausalLM if folder.kind == ULTRAMEM else AutoModelForCausalLM
+    return lambda prompts, precision: verify.their_logits(folder.path, prompts, precision, loader)
 
 
 def _from_released(args: argparse.Namespace, console: Console) -> None:
@@ -159,12 +199,16 @@ def _bytes(tensors: Sequence[Made]) -> int:
 
 
 @contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes; yields what moves it on."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+def _progress(console: Console, what: str, total: int, *counts: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    """A bar; yields what moves it on.
+
+    Args:
+        counts: what stands behind the bar; none: bytes.
+    """
+    numbers = counts or (DownloadColumn(), TransferSpeedColumn())
+    with Progress(TextColumn(what), BarColumn(), *numbers, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+        yield lambda amount: bar.advance(task, amount)
 
 
 def _quiet_transformers() -> None:

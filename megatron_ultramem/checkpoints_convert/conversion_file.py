@@ -1,13 +1,12 @@
 """ultramem_conversion.json: what a Hugging Face folder that we wrote must know for the way back.
 
-config.json holds the model. This file holds the rest of the run's settings, its position and tokenizer, and a SHA-256
-of every file of weights. A folder without it (one that transformers has saved) converts too, with default settings.
+config.json holds the model; this file holds the rest of the run's settings, its position and its tokenizer. A folder
+without it (one that transformers has saved) converts too, with default settings.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Conversion:
-    """The content of the file.
-
-    Attributes:
-        digests: SHA-256 of each file of weights.
-    """
+    """The content of the file."""
 
     config: Config
     record: Record
-    digests: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
         content = {
             "version": VERSION,
             "settings": config_to_dict(self.config),
             "record": asdict(self.record),
-            "sha256": dict(self.digests),
         }
         (folder / NAME).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -56,6 +49,6 @@ def read_conversion(folder: Path) -> Conversion | None:
                 f"{path} is of version {version}; legal: {VERSION}, or convert with the release that wrote it"
             )
         config = config_from_dict(content["settings"], check=False)
-        return Conversion(config, Record(**content["record"]), dict(content["sha256"]))
+        return Conversion(config, Record(**content["record"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None

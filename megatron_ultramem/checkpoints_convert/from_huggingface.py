@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,68 +27,83 @@ from megatron_ultramem.planning.parameters import pad_vocabulary
 from megatron_ultramem.training.tokenizers import build_tokenizer
 
 ULTRAMEM = "ultramem"
+FROM_ROPE_BASE = "follows from model.rope_base"
 Tree = dict[str, Any]
 
 
-def import_folder(folder: Path, home: Path, overrides: Sequence[str], recipe: Tree | None = None) -> Import:
-    """Reads what the folder is, and checks that it holds every tensor of that in the right shape.
+@dataclass(frozen=True)
+class Folder:
+    """What a Hugging Face folder holds.
+
+    Attributes:
+        kind: `model_type` of its config.json.
+        settings: ours, as far as the folder has them.
+        vocab_size: of the model, before padding.
+        precision: train.precision that holds its numbers unchanged.
+        conversion: what we left there, if we wrote the folder.
+    """
+
+    path: Path
+    kind: str
+    reader: SafetensorsReader
+    settings: Tree
+    vocab_size: int
+    precision: str
+    conversion: Conversion | None
+
+    @property
+    def expert_files(self) -> bool:
+        """Whether every expert has tensors of its own."""
+        return any(".experts.0." in name for name in self.reader.tensors)
+
+
+def read_folder(path: Path) -> Folder:
+    """Reads all that is known before a tensor is.
+
+    Raises CheckpointError if the folder is damaged, or of a kind or version that cannot be imported.
+    """
+    kind, conversion = _model_type(path), None
+    reader = SafetensorsReader(path)
+    if kind == ULTRAMEM:
+        config, vocab_size, conversion = read_ultramem_folder(path)
+        settings = config_to_dict(config)
+    else:
+        settings = {"model": llama_style.model_settings(path)}
+        vocab_size = settings["model"]["vocab_size"]
+    precision = precision_of(reader.tensors, path)
+    settings.setdefault("train", {})["precision"] = precision
+    return Folder(path, kind, reader, settings, vocab_size, precision, conversion)
+
+
+def import_folder(folder: Folder, home: Path, overrides: Sequence[str]) -> Import:
+    """Checks that the folder holds every tensor of its model in the right shape.
 
     Args:
         home: folder of the checkpoint, at the end.
         overrides: `section.setting=value` for the checkpoint's config.yaml.
-        recipe: more settings, below the overrides.
 
     Raises:
-        CheckpointError: the folder is damaged, or of a kind or version that cannot be imported.
-        ConfigError: an override or the recipe does not fit the model, or its tokenizer has more tokens than the model.
+        CheckpointError: tensors or files do not fit what config.json says.
+        ConfigError: an override does not fit the model, or the tokenizer has more tokens than the model.
     """
-    kind = model_type(folder)
-    reader = SafetensorsReader(folder)
-    conversion: Conversion | None = None
-    if kind == ULTRAMEM:
-        config, vocab_size, conversion = read_ultramem_folder(folder)
-        tree = config_to_dict(config)
-    else:
-        model = llama_style.model_settings(folder)
-        vocab_size = model["vocab_size"]
-        tree = {"model": model}
-    precision = precision_of(reader.tensors, folder)
-    tree.setdefault("train", {})["precision"] = precision
-    config, tokenizer = complete_settings(tree, folder, home, overrides, recipe or {}, conversion)
-    if (found := _vocabulary(config, tokenizer)) != vocab_size:
-        raise CheckpointError(
-            f"{folder}: the model's vocabulary has {vocab_size} tokens, that of its tokenizer and settings {found}"
-        )
-    recipes = [
-        made
-        for link in model_links(
-            config.model,
-            pad_vocabulary(config.model, vocab_size),
-            expert_files=any(".experts.0." in name for name in reader.tensors),
-        )
-        for made in link.to_ours()
-    ]
+    config, tokenizer = complete_settings(folder.settings, folder.path, home, overrides, {}, folder.conversion)
+    check_vocabulary(folder, config, tokenizer)
+    rows = pad_vocabulary(config.model, folder.vocab_size)
+    links = model_links(config.model, rows, expert_files=folder.expert_files)
+    recipes = [recipe for link in links for recipe in link.to_ours()]
     permutations = {
         shuffles.their_name(layer): (pool.virtual_rows,) for layer, pool in shuffles.shuffled_layers(config).items()
     }
-    derived = _rotary_buffers(reader.tensors) if kind != ULTRAMEM else {}
-    check_sources(recipes, reader.tensors, folder, {**permutations, **derived})
-    config, more, compared = shuffles.from_theirs(config, reader)
-    compared |= dict.fromkeys(derived, "follows from model.rope_base")
-    origin = {name: getattr(conversion.record, name) if conversion else 0 for name in ORIGIN}
-    return Import(
-        config,
-        vocab_size,
-        tokenizer,
-        reader,
-        [in_precision(made, precision, reader.tensors) for made in (*recipes, *more)],
-        compared,
-        origin,
-        conversion,
-    )
+    derived = rotary_buffers(folder)
+    check_sources(recipes, folder.reader.tensors, folder.path, {**permutations, **derived})
+    config, more, compared = shuffles.from_theirs(config, folder.reader)
+    compared |= dict.fromkeys(derived, FROM_ROPE_BASE)
+    origin = {name: getattr(folder.conversion.record, name) if folder.conversion else 0 for name in ORIGIN}
+    made = in_precision([*recipes, *more], folder.precision, folder.reader.tensors)
+    return Import(config, folder.vocab_size, tokenizer, folder.reader, made, compared, origin)
 
 
-def model_type(folder: Path) -> str:
+def _model_type(folder: Path) -> str:
     """`model_type` of config.json; raises CheckpointError for one that cannot be imported."""
     found = read_json(folder / "config.json").get("model_type")
     legal = (ULTRAMEM, *llama_style.MODEL_TYPES)
@@ -121,35 +136,43 @@ def complete_settings(
 
 def _merged(*trees: Mapping[str, Any]) -> Tree:
     """Later trees on top of earlier ones."""
-    merged: Tree = {}
+    together: Tree = {}
     for tree in trees:
         for name, value in tree.items():
-            below = merged.get(name)
-            merged[name] = _merged(below or {}, value) if isinstance(value, Mapping) else value
-    return merged
+            below = together.get(name)
+            together[name] = _merged(below or {}, value) if isinstance(value, Mapping) else value
+    return together
 
 
-def _vocabulary(config: Config, tokenizer: Found) -> int:
-    """As the trainer will find it; raises ConfigError if the tokenizer has more tokens than the model."""
+def check_vocabulary(folder: Folder, config: Config, tokenizer: Found) -> None:
+    """Raises ConfigError if the tokenizer has more tokens than the model, CheckpointError if the settings say another
+    number than the folder."""
     wanted, has = config.model.vocab_size, tokenizer.tokenizer.vocab_size
     if wanted is not None and wanted < has:
         raise ConfigError(
             f"the tokenizer ({tokenizer.config.path or tokenizer.config.kind}) has {has} tokens, the model's "
             f"vocabulary {wanted}; legal: a tokenizer with at most that many"
         )
-    return wanted or has
+    if (wanted or has) != folder.vocab_size:
+        raise CheckpointError(
+            f"{folder.path}: the model's vocabulary has {folder.vocab_size} tokens, that of its tokenizer and settings "
+            f"{wanted or has}"
+        )
 
 
-def _rotary_buffers(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape]:
+def rotary_buffers(folder: Folder) -> dict[str, Shape]:
     """Frequencies that old versions of transformers saved with every layer."""
-    return {name: info.shape for name, info in tensors.items() if name.endswith(".rotary_emb.inv_freq")}
+    return {name: info.shape for name, info in folder.reader.tensors.items() if name.endswith(".rotary_emb.inv_freq")}
 
 
-def in_precision(recipe: Recipe, precision: str, tensors: Mapping[str, TensorInfo]) -> Recipe:
-    """The recipe with the dtype that the checkpoint's settings give its tensor."""
-    had = {tensors[name].dtype for name in recipe.sources}
-    if not all(dtype.is_floating_point for dtype in had):
-        return recipe
-    dtype = torch.float32 if precision == "fp32" or recipe.name.endswith(FP32) else torch.bfloat16
-    widened = ", ".join(sorted(str(other).removeprefix("torch.") for other in had - {dtype}))
-    return replace(recipe, dtype=dtype, note=f"was {widened}" if widened else "")
+def in_precision(recipes: Iterable[Recipe], precision: str, tensors: Mapping[str, TensorInfo]) -> list[Recipe]:
+    """The recipes with the dtypes that train.precision gives the tensors of the checkpoint."""
+    made = []
+    for recipe in recipes:
+        had = {tensors[name].dtype for name in recipe.sources}
+        if all(dtype.is_floating_point for dtype in had):
+            dtype = torch.float32 if precision == "fp32" or recipe.name.endswith(FP32) else torch.bfloat16
+            others = ", ".join(sorted(str(other).removeprefix("torch.") for other in had - {dtype}))
+            recipe = replace(recipe, dtype=dtype, note=f"was {others}" if others else recipe.note)
+        made.append(recipe)
+    return made

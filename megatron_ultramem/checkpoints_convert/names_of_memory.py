@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_ultramem.checkpoints_convert.links import Link, Same
+from megatron_ultramem.checkpoints_convert.links import Same
 from megatron_ultramem.checkpoints_convert.tensors import Shape
 from megatron_ultramem.config.schema import ModelConfig
 from megatron_ultramem.memory.geometry import Pool
@@ -12,7 +12,7 @@ FP32 = (".retrieval.u", ".retrieval.t", ".query_norm.running_mean", ".query_norm
 """How the names of buffers end that are fp32 in every model."""
 
 
-def memory_links(model: ModelConfig, layer: int, pool: Pool) -> list[Link]:
+def memory_links(model: ModelConfig, layer: int, pool: Pool) -> list[Same]:
     """Of one memory layer, without its permutation (`shuffles.py`) and its pool."""
     shapes: dict[str, Shape] = {"query_proj.weight": (query_width(model.memory), model.hidden_size)}
     shapes |= _projections(model)
@@ -23,7 +23,7 @@ def memory_links(model: ModelConfig, layer: int, pool: Pool) -> list[Link]:
     ]
 
 
-def table_links(model: ModelConfig, pool: Pool) -> list[Link]:
+def table_links(model: ModelConfig, pool: Pool) -> list[Same]:
     """Of one pool."""
     widths = {"values": model.memory.value_dim, "pre_values": pre_value_dim(model.memory)}
     return [

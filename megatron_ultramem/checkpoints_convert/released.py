@@ -80,7 +80,7 @@ def import_released(folder: Path, home: Path, overrides: Sequence[str]) -> Impor
         for layer in range(config.model.num_layers):
             name = tensor_name(MEMORY.format(layer) + "shuffle_index", reader.tensors)
             shuffles.check_permutation(name, reader.read(name))
-    made = [in_precision(recipe, precision, reader.tensors) for recipe in recipes]
+    made = in_precision(recipes, precision, reader.tensors)
     assert config.model.vocab_size is not None
     return Import(config, config.model.vocab_size, tokenizer, reader, made)
 

@@ -6,9 +6,8 @@ into memory, as the library does it, counts as memory of this process until the 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from megatron_ultramem.checkpoints_convert.tensors import TensorInfo, raw_bytes
 from megatron_ultramem.errors import CheckpointError
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-_HASH_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,26 +57,6 @@ class SafetensorsReader:
                     raise CheckpointError(f"{place.file} is truncated: {name} ends too early")
                 buffer = buffer[count:]
         return rows
-
-    def check_digests(self, digests: Mapping[str, str], advance: Callable[[int], None]) -> None:
-        """Raises CheckpointError if a file is not the one whose SHA-256 was recorded when it was written."""
-        for name in self.files:
-            digest = hashlib.sha256()
-            with (self.folder / name).open("rb") as file:
-                while piece := file.read(_HASH_BYTES):
-                    digest.update(piece)
-                    advance(len(piece))
-            if digests.get(name) != digest.hexdigest():
-                raise CheckpointError(
-                    f"{self.folder / name} is not the file that was written by the conversion: its SHA-256 is "
-                    f"{digest.hexdigest()[:16]}…, recorded is {str(digests.get(name))[:16]}…; legal: an undamaged "
-                    "copy, or, if it was changed on purpose, the folder without ultramem_conversion.json"
-                )
-
-    @property
-    def file_bytes(self) -> int:
-        """Of all files together."""
-        return sum((self.folder / name).stat().st_size for name in self.files)
 
     def _add(self, path: Path) -> None:
         for name, entry in _header(path).items():

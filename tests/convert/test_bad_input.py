@@ -96,7 +96,7 @@ def set_config(**values: Any) -> Callable[[Path], None]:
 BREAKS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "truncated": (truncate, [FIRST, "truncated or damaged"]),
     "truncated-header": (truncate_header, [FIRST, "truncated or damaged"]),
-    "flipped-bit": (flip_a_bit, [FIRST, "SHA-256", "ultramem_conversion.json"]),
+    "flipped-bit": (flip_a_bit, [FIRST, "SHA-256", "without SHA256SUMS"]),
     "tampered-shape": (tamper_with_the_shape, [FIRST, "truncated or damaged"]),
     "renamed-tensor": (rename_a_tensor, [INDEX, "says that", "it is not there"]),
     "missing-index": (lambda folder: (folder / INDEX).unlink(), ["the index is missing", "legal"]),
@@ -149,7 +149,8 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, broken: Path, convert: Conv
     ids=["left-over", "missing", "another-shape"],
 )
 def test_every_tensor_must_be_there(tmp_path: Path, broken: Path, convert: Convert, change: Any, named: str) -> None:
-    (broken / "ultramem_conversion.json").unlink()  # which would find the file changed
+    (broken / "ultramem_conversion.json").unlink()
+    (broken / "SHA256SUMS").unlink()  # which would find the file changed
     rewrite(broken, change)
     names = [name for file in broken.glob("*.safetensors") for name in _names(file)]
     files = {name: file.name for file in broken.glob("*.safetensors") for name in _names(file)}
