@@ -9,7 +9,7 @@ clock. With `annotate` a span is also a range in the trace of torch's profiler, 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ class Spans:
         self.on_gpu, self.nvtx, self.annotate = device.type == "cuda", nvtx, False
         self._spans: dict[str, Span] = {}
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []
         self._steps, self._warm, self._counting = 0, False, False
 
@@ -51,6 +51,8 @@ class Spans:
             self._steps += self._counting
         finally:
             self._counting, self._warm = False, True
+        while self._events and self._events[0][2].query():  # or steps without a read would pile them up
+            self._take_oldest()
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -79,14 +81,18 @@ class Spans:
 
     def read(self) -> tuple[int, dict[str, float]]:
         """Steps since the last read and the seconds of each span in them. Waits for the device."""
-        for name, begin, end in self._events:
-            end.synchronize()
-            self._seconds[name] += begin.elapsed_time(end) / 1e3
-            self._spare += (begin, end)
+        while self._events:
+            self._events[0][2].synchronize()
+            self._take_oldest()
         steps, seconds = self._steps, dict(self._seconds)
-        self._steps, self._events = 0, []
+        self._steps = 0
         self._seconds.clear()
         return steps, seconds
+
+    def _take_oldest(self) -> None:
+        name, begin, end = self._events.popleft()
+        self._seconds[name] += begin.elapsed_time(end) / 1e3
+        self._spare += (begin, end)
 
     def _mark(self) -> torch.cuda.Event | float:
         if not self.on_gpu:
