@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron_ultramem.config.load import load_config
@@ -125,7 +125,6 @@ def read_record(folder: Path) -> Record:
         )
     try:
         content = json.loads((folder / "run.json").read_text())
-        content["recent_losses"] = tuple(content.get("recent_losses", ()))
         record = Record(
             **{
                 field.name: content[field.name]
@@ -133,6 +132,7 @@ def read_record(folder: Path) -> Record:
                 if field.default is MISSING or field.name in content
             }
         )
+        record = replace(record, recent_losses=tuple(record.recent_losses))
         numbers = (record.step, record.consumed_samples, record.consumed_tokens, record.vocab_size)
         if not all(isinstance(number, int) for number in numbers):
             raise TypeError("a count is not an integer")
