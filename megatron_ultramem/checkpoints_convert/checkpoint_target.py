@@ -12,7 +12,7 @@ import torch
 
 from megatron_ultramem.checkpoints_convert import shuffles
 from megatron_ultramem.checkpoints_convert.megatron_writer import write_checkpoint
-from megatron_ultramem.checkpoints_convert.names_of_memory import FP32
+from megatron_ultramem.checkpoints_convert.names import FP32
 from megatron_ultramem.checkpoints_convert.tensors import Made, Recipe, TensorInfo, TensorReader
 from megatron_ultramem.checkpoints_convert.tokenizer_files import Found
 from megatron_ultramem.config.load import save_config

@@ -13,8 +13,7 @@ from megatron_ultramem.checkpoints_convert import llama_style, shuffles
 from megatron_ultramem.checkpoints_convert.account import check_sources
 from megatron_ultramem.checkpoints_convert.checkpoint_target import ORIGIN, Import, precision_of
 from megatron_ultramem.checkpoints_convert.conversion_file import Conversion
-from megatron_ultramem.checkpoints_convert.names import model_links
-from megatron_ultramem.checkpoints_convert.names_of_memory import FP32
+from megatron_ultramem.checkpoints_convert.names import FP32, model_links
 from megatron_ultramem.checkpoints_convert.safetensors_reader import SafetensorsReader
 from megatron_ultramem.checkpoints_convert.tensors import Recipe, Shape, TensorInfo
 from megatron_ultramem.checkpoints_convert.tokenizer_files import Found, find_tokenizer

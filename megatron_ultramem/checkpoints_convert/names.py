@@ -13,6 +13,15 @@ from megatron_ultramem.config.schema import ModelConfig
 from megatron_ultramem.memory.geometry import join_layers, parse_layers, plan_pools
 from megatron_ultramem.planning.parameters import ffn_replaced
 
+FP32 = (
+    ".retrieval.u",
+    ".retrieval.t",
+    ".query_norm.running_mean",
+    ".query_norm.running_var",
+    ".expert_bias",
+)
+"""How the names of buffers end, on both sides, that are fp32 in every model."""
+
 
 def model_links(model: ModelConfig, vocab_rows: int, *, expert_files: bool = False) -> list[Link]:
     """All tensors, in the order of the layers.
@@ -82,6 +91,8 @@ def _feed_forward(model: ModelConfig, layer: int, moe: bool, wrapped: bool, expe
         return
     experts, width = model.moe.num_experts, model.moe.ffn_hidden_size
     yield Same(f"{ffn}router.weight", f"{theirs}mlp.gate.weight", (experts, h))
+    if model.moe.expert_bias:
+        yield Same(f"{ffn}router.expert_bias", f"{theirs}mlp.gate.expert_bias", (experts,))
     fc1, fc2 = (f"{ffn}experts.experts.linear_{name}.weight" for name in ("fc1", "fc2"))
     shape1, shape2 = (experts, 2 * width, h), (experts, h, width)
     if expert_files:
@@ -95,6 +106,8 @@ def _feed_forward(model: ModelConfig, layer: int, moe: bool, wrapped: bool, expe
     if model.moe.shared_expert_hidden_size:
         shared = model.moe.shared_expert_hidden_size
         yield from _swiglu(f"{ffn}shared_experts.", f"{theirs}mlp.shared_expert.", shared, h)
+        if model.moe.shared_expert_gate:
+            yield Same(f"{ffn}shared_experts.gate_weight", f"{theirs}mlp.shared_expert_gate.weight", (1, h))
 
 
 def _swiglu(ours: str, theirs: str, width: int, h: int) -> Iterator[Link]:

@@ -8,9 +8,6 @@ from megatron_ultramem.config.schema import ModelConfig
 from megatron_ultramem.memory.geometry import Pool
 from megatron_ultramem.memory.kinds import blocks, kind_of, pre_value_dim, query_norm, query_width
 
-FP32 = (".retrieval.u", ".retrieval.t", ".query_norm.running_mean", ".query_norm.running_var")
-"""How the names of buffers end that are fp32 in every model."""
-
 
 def memory_links(model: ModelConfig, layer: int, pool: Pool) -> list[Same]:
     """Of one memory layer, without its permutation (`shuffles.py`) and its pool."""

@@ -24,8 +24,8 @@ from megatron_ultramem.checkpoints_convert.from_huggingface import (
     rotary_buffers,
 )
 from megatron_ultramem.checkpoints_convert.links import Same
-from megatron_ultramem.checkpoints_convert.names import model_links
-from megatron_ultramem.checkpoints_convert.names_of_memory import FP32, memory_links, table_links
+from megatron_ultramem.checkpoints_convert.names import FP32, model_links
+from megatron_ultramem.checkpoints_convert.names_of_memory import memory_links, table_links
 from megatron_ultramem.checkpoints_convert.tensors import Recipe, TensorReader
 from megatron_ultramem.config.load import config_from_dict, read_yaml, walk
 from megatron_ultramem.config.schema import Config
