@@ -67,7 +67,12 @@ def _train(run: Run, log: RankLog) -> int:
     progress = Progress(config.train.steps, run.position.step, enabled=run.is_main, live=config.logging.progress)
     clock = _throughput(run)
     probe = MemoryHealthProbe(run.model)
-    stragglers = Stragglers(run.spans, run.platform.device, run_dir / RANK_TIMES if run.is_main else None)
+    stragglers = Stragglers(
+        run.spans,
+        run.platform.device,
+        config.logging.straggler_interval,
+        run_dir / RANK_TIMES if run.is_main else None,
+    )
     profiler = _profiler(run)
     with progress, closing(logger), closing(profiler):
         progress.message(_opening(run))
@@ -94,7 +99,7 @@ def _train(run: Run, log: RankLog) -> int:
             if log_due:
                 metrics |= clock.read() | stragglers.read() | {"memory_gib": peak_memory_gib(run.platform.device)}
                 metrics |= moe_metrics(run, batch_size.get_num_microbatches())
-            if config.logging.straggler_interval and _due(step, config.logging.straggler_interval, last_step):
+            if stragglers.interval and _due(step, stragglers.interval, last_step):
                 progress.message(f"step {step}: {stragglers.report(step)}")
             if health_due:
                 clock.pause()

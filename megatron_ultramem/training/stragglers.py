@@ -40,10 +40,18 @@ def parts_of_step(seconds: Mapping[str, float]) -> dict[str, float]:
 class Stragglers:
     """Gathers the times of all ranks. Every method is a collective call."""
 
-    def __init__(self, spans: Spans, device: torch.device, file: Path | None = None) -> None:
-        """file: where reports leave the times of every rank, a JSON line each (on one rank)."""
+    def __init__(self, spans: Spans, device: torch.device, interval: int, file: Path | None = None) -> None:
+        """
+        Args:
+            interval: steps between reports; 0: none.
+            file: where reports leave the times of every rank, a JSON line each (on one rank).
+
+        Attributes:
+            interval: the same, but 0 where there is only one rank.
+        """
         self._spans, self._device, self._file = spans, device, file
         ranks = dist.get_world_size()
+        self.interval = interval if ranks > 1 else 0
         self._hosts: list[str] = [""] * ranks
         dist.all_gather_object(self._hosts, socket.gethostname())
         self._steps = 0

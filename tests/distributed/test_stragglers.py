@@ -35,7 +35,8 @@ def measure(overrides: list[str], slow_rank: int | None = None, where: str = "fo
 
             run.train_data[0]._read = slow_read  # type: ignore[method-assign]
     file = Path(run.config.train.run_dir) / f"times_{torch.distributed.get_rank()}.jsonl"
-    stragglers = Stragglers(run.spans, run.platform.device, file)
+    stragglers = Stragglers(run.spans, run.platform.device, 1, file)
+    assert stragglers.interval == (1 if run_ranks() > 1 else 0)
     for _ in range(STEPS):
         with run.spans.step():
             train_step(run)
