@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ SHOWN = {
         "layer_forward_backward_ms", "layer_t1_us",
     ],
 }  # fmt: skip
+SWEPT = re.compile(r"T\d+_m\d+_")  # cases of a sweep are for plots, not for a table
 
 
 def main() -> int:
@@ -52,7 +54,7 @@ def table(folder: Path) -> str:
             f"| {content['benchmark']} | {content['hardware']} | `{row['case']}` | {row['metric']} | "
             f"{_number(row['value'])} {row['unit']} |"
             for row in content["rows"]
-            if row["metric"] in metrics
+            if row["metric"] in metrics and not SWEPT.match(row["case"])
         ]
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
