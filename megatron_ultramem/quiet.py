@@ -14,6 +14,8 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message=r".*The \.grad attribute of a Tensor that is not a leaf.*")
     # torch: collectives that Megatron calls by their older names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # torch: barriers without a device use this process's GPU, which is what we mean.
+    warnings.filterwarnings("ignore", message=r".*barrier\(\): using the device under current context.*")
     # Megatron: what a checkpoint writer failed with, which our CheckpointError says too.
     logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").addFilter(
         lambda record: "encountered an error" not in record.getMessage()
