@@ -1,0 +1,95 @@
+"""tools/compare.py at toy size: same data in the same order, one table, one picture."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ultramem.config.schema import TokenizerConfig
+from megatron_ultramem.reporting import load_run
+from megatron_ultramem.training.preprocess import preprocess
+from megatron_ultramem.training.stdlib_corpus import stdlib_files
+
+ROOT = Path(__file__).parents[2]
+COMMON = """
+data: {{paths: [{data}], split: "90,10,0", sequence_length: 32}}
+train: {{micro_batch_size: 2, global_batch_size: 4, precision: fp32, eval_steps: 2}}
+logging: {{tensorboard: false}}
+"""
+MODEL = "num_layers: 2, hidden_size: 32, num_attention_heads: 4, ffn_hidden_size: 64, max_sequence_length: 32"
+RECIPES = {
+    "dense": f"model: {{{MODEL}, memory: {{layers: none}}}}",
+    "moe": f"model: {{{MODEL}, memory: {{layers: none}}, moe: {{layers: all, num_experts: 4, top_k: 2, "
+    "ffn_hidden_size: 32}}",
+}
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "compare.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("recipes")
+    preprocess(stdlib_files()[:30], folder / "text", TokenizerConfig())
+    for name, model in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(model + COMMON.format(data=folder / "text"))
+    return [str(folder / f"{name}.yaml") for name in RECIPES]
+
+
+@pytest.mark.slow
+def test_recipes_are_trained_on_the_same_tokens_and_shown_together(recipes: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = [*recipes, "--tokens=2560", "--seeds=1,2", f"--output={output}", "moe:model.moe.ffn_hidden_size=16"]
+    done = call(*arguments)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (written,) = output.glob("comparison_*.json")
+    rows = {(row["case"], row["metric"]): row["value"] for row in json.loads(written.read_text())["rows"]}
+    for name in RECIPES:
+        assert (rows[name, "tokens"], rows[name, "runs"]) == (2560, 2)
+        assert rows[name, "train_loss"] > 0 and rows[name, "valid_loss"] > 0 and rows[name, "tokens_per_s"] > 0
+    assert rows["moe", "parameters"] > rows["dense", "parameters"]
+    assert rows["moe", "active"] < rows["dense", "active"]  # two experts of a quarter of the width: the setting for it alone
+    assert re.search(r"\| moe \|", (output / "comparison.md").read_text())
+    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(output.glob("*/*/checkpoints"))
+
+    seeds = [load_run(output / "dense" / f"seed_{seed}_20_steps") for seed in (1, 2)]
+    assert seeds[0].metrics["loss"].values[0] != seeds[1].metrics["loss"].values[0]
+    again = call(*arguments)
+    assert again.returncode == 0 and "steps" not in again.stdout.split("recipe")[0]  # nothing is trained twice
+
+
+@pytest.mark.slow
+def test_minutes_become_steps_of_each_and_data_keeps_its_order(recipes: list[str], tmp_path: Path) -> None:
+    done = call(*recipes, "--minutes=0.01", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    (steps,) = json.loads((tmp_path / "steps.json").read_text()).values()
+    runs = {name: load_run(tmp_path / name / f"seed_1234_{steps[name]}_steps") for name in RECIPES}
+    wanted = set()
+    for name, run in runs.items():
+        assert run.metrics["loss"].steps[-1] == steps[name] >= 2
+        assert run.config is not None
+        wanted.add((run.config.train.steps, run.config.data.seed))
+    assert len(wanted) == 1  # of the number of steps the order of the data is made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens=10"], "--tokens 10: legal: at least the 128 of a step"),
+        (["--minutes=0"], "--minutes 0: legal: more than 0"),
+        (["--tokens=1e4", "--seeds=1,1"], "--seeds 1,1: legal: different numbers"),
+        (["--tokens=1e4", "moe:train.global_batch_size=8"], "train.global_batch_size = 8 in moe and 4 in dense"),
+        (["--tokens=1e4", "model.num_layer=3"], "did you mean model.num_layers"),
+    ],
+)
+def test_refused_before_anything_runs(recipes: list[str], tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = call(*recipes, *arguments, f"--output={tmp_path}")
+    assert done.returncode == 2 and said in done.stderr
