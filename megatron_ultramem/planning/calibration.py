@@ -30,10 +30,11 @@ GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and r
 BLOCK_LAUNCHES = 324  # norms, attention, residual
 FFN_LAUNCHES = 220
 MEMORY_LAUNCHES = 651
-GRAPH_LAUNCHES = 20  # of a memory layer that is recorded as CUDA graphs; not yet measured
+# From micro-batches of the same model on two H200s (memory_parallel_h200x2.json).
+GRAPH_LAUNCHES = 180  # a memory layer as CUDA graphs, with what goes in and out of them: 145 ms
+EXCHANGE_LAUNCHES = 3  # for every message of a memory exchange: 243 ms by columns, without graphs
 MOE_LAUNCHES = 440  # router and dispatch
 EXPERT_LAUNCHES = 25  # for every expert on the rank
-EXCHANGE_LAUNCHES = 25  # for every message of a memory exchange: packing and unpacking; not yet measured
 FORWARD_SHARE = 0.4  # of them in the forward pass, which a recomputation issues again
 # Once a step, for every block: clipping, Adam, singular vectors. From 1985 ms for a step of 8 micro-batches of 239 ms.
 STEP_LAUNCHES = 270
