@@ -24,7 +24,13 @@ TINY = [
     f"model.max_sequence_length={SEQUENCE}", f"data.sequence_length={SEQUENCE}", f"model.vocab_size={VOCABULARY}",
     "train.precision=fp32", "model.memory.kernels=reference",
 ]  # fmt: skip
-MOE = ["model.moe.layers=1", "model.moe.num_experts=6", "model.moe.top_k=2", "model.moe.ffn_hidden_size=40"]
+MOE = [
+    "model.moe.layers=1",
+    "model.moe.aux_loss_coeff=0",
+    "model.moe.num_experts=6",
+    "model.moe.top_k=2",
+    "model.moe.ffn_hidden_size=40",
+]
 CASES = {
     "dense": ["model.memory.layers=none", "model.num_query_groups=2"],
     "moe": ["model.memory.layers=none", *MOE, "model.moe.shared_expert_hidden_size=20"],
