@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ultramem.errors import UserError
+from megatron_ultramem.errors import UserError, lost_another_rank
 
 if TYPE_CHECKING:
     from megatron_ultramem.config.schema import Config
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except RuntimeError as error:
-        if not _lost_another_rank(error):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not lost_another_rank(error):
             raise
         reason = str(error).splitlines()[-1]
         print(f"rank {os.environ.get('RANK')} ended because another one did ({reason})", file=sys.stderr, flush=True)
@@ -61,15 +61,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
-
-
-def _lost_another_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because its other end is gone: that rank, a third one, or its launcher says why."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
-    from megatron_ultramem.training.watchdog import lost_another_rank
-
-    return lost_another_rank(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,3 +46,18 @@ class LostRankError(UserError):
     """Another rank ended without a word. Raised by one of the ranks that are left, which names it."""
 
     exit_code = 3
+
+
+def lost_another_rank(error: BaseException) -> bool:
+    """Whether a collective failed because its other end is gone or did not answer."""
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+        "Timed out waiting",
+        "NCCL communicator was aborted",
+    )
+    if isinstance(error, ExchangeError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ultramem.compat import separate_step_counters
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.errors import CheckpointError, DamagedCheckpointError, UserError
+from megatron_ultramem.errors import CheckpointError, DamagedCheckpointError, UserError, lost_another_rank
 from megatron_ultramem.model.build import memory_layers
 from megatron_ultramem.training import checkpoint_choice as choice
 from megatron_ultramem.training import checkpoint_folder as folders
@@ -263,7 +263,7 @@ class CheckpointManager:
             self._give_up_background_save()
             if torch.distributed.get_rank() == 0:
                 folders.discard(save.draft)
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) or lost_another_rank(error):
                 raise
             failure = CheckpointError(
                 f"checkpoint {save.target} cannot be written: {contents.reason(error)} ({self._culprit(error)}); "

@@ -30,7 +30,7 @@ import psutil
 import torch
 
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.errors import ExchangeError, LostRankError
+from megatron_ultramem.errors import LostRankError, lost_another_rank
 from megatron_ultramem.training import flight_recorder
 from megatron_ultramem.training.heartbeat import ENDED, Sign, SignBoard, connect_store
 from megatron_ultramem.training.restarts import restart_count
@@ -240,21 +240,6 @@ class Watchdog:
         """Ends this process from the watchdog's thread: its main thread may wait forever."""
         self._leave_behind()
         os._exit(EXIT_CODE)
-
-
-def lost_another_rank(error: BaseException) -> bool:
-    """Whether a collective failed because its other end is gone or did not answer."""
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "remote process exited",
-        "Timed out waiting",
-        "NCCL communicator was aborted",
-    )
-    if isinstance(error, ExchangeError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _runs(pid: int) -> bool:
