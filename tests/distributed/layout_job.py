@@ -24,14 +24,14 @@ def train_job(overrides: list[str], steps: int, with_evaluation: bool = False) -
     and after clipping) and of the parameters after the last step."""
     run = set_up(load_config(None, overrides))
     result: dict[str, Any] = {"losses": [], "grad_norms": []}
-    optimizer_step = run.optimizer.step
+    prepare_grads = run.optimizer.prepare_grads
 
-    def step_after_capture() -> Any:
+    def prepare_after_capture() -> Any:
         if "grads" not in result:
             result["grads"] = gradients(run)
-        return optimizer_step()
+        return prepare_grads()
 
-    run.optimizer.step = step_after_capture
+    run.optimizer.prepare_grads = prepare_after_capture
     for _ in range(steps):
         metrics = train_step(run)
         result["losses"].append(metrics["loss"])
