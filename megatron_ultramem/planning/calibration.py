@@ -1,7 +1,8 @@
 """What of the datasheet programs reach, and what the host costs: every constant of the time model, with its source.
 
-Measured on one H100 SXM (benchmarks/results/kernels_h100.json, training_h100.json); for other GPUs the shares are
-assumed to be the same. `tools/check_plan.py` measures what the model predicts with them.
+Measured on one H100 SXM (benchmarks/results/kernels_h100.json, training_h100.json). Other GPUs are assumed to reach the
+same shares, and other kinds of memory layer, whose product keys no kernel selects yet, to take the time of UltraMemV2's.
+`tools/check_plan.py` measures what the model predicts with them.
 """
 
 from __future__ import annotations

@@ -15,11 +15,9 @@ ramp, over the chunks), plus what of the gradients' reduction is not hidden, plu
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.memory.kinds import num_cores, query_width
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import (
@@ -30,45 +28,9 @@ from megatron_ultramem.planning.communication import (
     pipeline_traffic,
     stage_tensor_traffic,
 )
+from megatron_ultramem.planning.kernel_times import KernelTimes, Times
 from megatron_ultramem.planning.layout import Layout, rank_parameters
-from megatron_ultramem.planning.parameters import attention_dims, row_width, rows_per_token
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds, by what they are spent on; communication is what nothing hides."""
-
-    matmul: float = 0.0
-    attention: float = 0.0
-    elementwise: float = 0.0
-    retrieval: float = 0.0
-    lookup: float = 0.0
-    loss: float = 0.0
-    tensor_comm: float = 0.0
-    context_comm: float = 0.0
-    expert_comm: float = 0.0
-    memory_comm: float = 0.0
-    pipeline_comm: float = 0.0
-    host: float = 0.0  # by which launches take longer than everything above
-    bubble: float = 0.0
-    gradient_comm: float = 0.0
-    optimizer: float = 0.0
-
-    def __add__(self, other: Times) -> Times:
-        return Times(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, times: float) -> Times:
-        return Times(*(getattr(self, f.name) * times for f in fields(self)))
-
-    @property
-    def total(self) -> float:
-        return float(sum(getattr(self, f.name) for f in fields(self)))
-
-    @property
-    def gpu(self) -> float:
-        """Of kernels that compute."""
-        return self.matmul + self.attention + self.elementwise + self.retrieval + self.lookup + self.loss
 
 
 @dataclass(frozen=True)
@@ -87,9 +49,7 @@ class TimeModel:
     """Times of one model on one cluster."""
 
     def __init__(self, work: Workload, cluster: Cluster) -> None:
-        self.work, self.cluster = work, cluster
-        self.flops_rate = cluster.peak_tflops * 1e12
-        self.bandwidth = cluster.hbm_gb_per_s * 1e9
+        self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster)
         flops = sum(
             f.attention_projections + f.attention_scores + f.ffn + f.moe + (f.memory.total if f.memory else 0.0)
             for f in (layer.flops for layer in work.layers)
@@ -114,7 +74,7 @@ class TimeModel:
             totals[slowest],
             times.total,
             tokens / times.total,
-            reached / self.flops_rate,
+            reached / (self.cluster.peak_tflops * 1e12),
             _largest(times),
         )
 
@@ -123,7 +83,7 @@ class TimeModel:
         forward, backward, launches, again = Times(), Times(), 0.0, 0.0
         full, recompute_memory = config.train.recompute == "full", config.model.memory.recompute
         for layer, count in stage.layers:
-            ahead, back = self._block(layout, layer)
+            ahead, back = self.kernels.block(layout, layer)
             to, fro = self._block_comm(config, layout, links, layer, ahead, back)
             number = self._launches(config, layout, layer)
             if full:
@@ -138,99 +98,19 @@ class TimeModel:
             forward, backward = forward + (ahead + to) * count, backward + (back + fro) * count
             launches += count * number
         if stage.has_output:
-            ahead, back = self._output(layout)
+            ahead, back = self.kernels.output(layout)
             forward, backward = forward + ahead, backward + back
         to_ends, from_ends = stage_tensor_traffic(self.work, layout, links, stage)
         neighbours = 0.0 if config.parallel.overlap_p2p else pipeline_traffic(self.work, layout, links, stage).seconds
         forward += Times(tensor_comm=to_ends.seconds, pipeline_comm=neighbours / 2)
         backward += Times(tensor_comm=from_ends.seconds, pipeline_comm=neighbours / 2)
-        dense = rank_parameters(self.work, layout, stage)
-        added = (dense.dense + dense.experts) * c.GRADIENT_BYTES / (c.COPY * self.bandwidth)
-        backward += Times(elementwise=added)
+        kept = rank_parameters(self.work, layout, stage)
+        backward += Times(elementwise=self.kernels.gradients(kept.dense + kept.experts))
         host = self.cluster.launch_us / 1e6
         return (
             _waiting_for_host(forward, host * launches * c.FORWARD_SHARE),
             _waiting_for_host(backward, host * (launches * (1 - c.FORWARD_SHARE) + again)),
         )
-
-    def _block(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
-        """(forward, backward) on the GPU."""
-        model, tp, size = self.work.model, layout.tensor, layout.element
-        tokens = layout.micro_batch * self.work.sequence_length / layout.context
-        own = tokens / tp
-        p, f, hidden = layer.parameters, layer.flops, model.hidden_size
-        _, query, key = attention_dims(model)
-        matmul = self._matmul(
-            tokens * f.attention_projections / tp,
-            size * (p.attention / tp + tokens * (2 * hidden + (2 * query + 2 * key) / tp)),
-        )
-        if p.ffn:
-            inner = tokens * (2 * hidden + 3 * model.ffn_hidden_size / tp)
-            matmul += self._matmul(tokens * f.ffn / tp, size * (p.ffn / tp + inner))
-        moved = own * size * (13 * hidden + 4 * (query + key)) + own * size * 3 * (
-            model.ffn_hidden_size if p.ffn else 0
-        )
-        if layer.has_moe:
-            moe, experts = model.moe, own * model.moe.top_k
-            inner = experts * (2 * hidden + 3 * moe.ffn_hidden_size)
-            weights = p.experts / layout.expert_group + (p.router + p.shared_expert)
-            matmul += self._matmul(own * f.moe, size * (weights + inner))
-            # Permuted there and back, with their weights.
-            moved += size * experts * (4 * hidden + 3 * moe.ffn_hidden_size)
-        retrieval_forward = retrieval_backward = lookup_forward = lookup_backward = 0.0
-        if layer.has_memory and f.memory:
-            memory, m = model.memory, f.memory
-            sides = layer.side_scores
-            linear = m.total - m.exact_scores - m.coarse_combination - m.lookup
-            widths = 2 * hidden + query_width(memory) * 2 + row_width(memory) + sides
-            matmul += self._matmul(own * linear, size * (p.memory + own * widths))
-            coarse = own * sides * size / (c.COARSE_PASS * self.bandwidth)
-            retrieval_forward = coarse + own * m.exact_scores / (c.EXACT_PASS * self.flops_rate)
-            retrieval_backward = own * sides * size / (c.COPY * self.bandwidth)
-            lookup_forward, lookup_backward = self._lookup(layout, layer, own)
-            moved += own * size * (3 * hidden + 2 * query_width(memory))
-        scores = tokens * f.attention_scores / tp
-        elementwise = moved / (c.ELEMENTWISE * self.bandwidth)
-        return (
-            Times(
-                matmul=matmul,
-                attention=scores / (c.ATTENTION_FORWARD * self.flops_rate),
-                elementwise=elementwise,
-                retrieval=retrieval_forward,
-                lookup=lookup_forward,
-            ),
-            Times(
-                matmul=2 * matmul,
-                attention=2 * scores / (c.ATTENTION_BACKWARD * self.flops_rate),
-                elementwise=2 * elementwise,
-                retrieval=retrieval_backward,
-                lookup=lookup_backward,
-            ),
-        )
-
-    def _matmul(self, flops: float, num_bytes: float) -> float:
-        return flops / (c.MATMUL * self.flops_rate) + num_bytes / (c.COPY * self.bandwidth)
-
-    def _lookup(self, layout: Layout, layer: Layer, own: float) -> tuple[float, float]:
-        """Sharded tables serve as many rows as one rank's tokens want, by rows or by narrower columns."""
-        memory, size = self.work.model.memory, layout.element
-        width, entries = row_width(memory), own * rows_per_token(memory)
-        read = entries * (width * size + 4 + 4 * num_cores(memory)) + own * width * size
-        rows = layer.virtual_rows
-        touched = rows * -math.expm1(-entries * layout.placement.ranks / rows) / layout.placement.ranks
-        written = entries * width * size + touched * width * 8 + own * width * size * 2
-        return read / (c.LOOKUP_FORWARD * self.bandwidth), written / (c.LOOKUP_BACKWARD * self.bandwidth)
-
-    def _output(self, layout: Layout) -> tuple[Times, Times]:
-        """Output layer and loss."""
-        work, tp = self.work, layout.tensor
-        tokens = layout.micro_batch * work.sequence_length / layout.context
-        logits = tokens * work.vocabulary / tp
-        hidden = work.model.hidden_size
-        weights = hidden * work.vocabulary / tp
-        matmul = self._matmul(tokens * work.logits_flops / tp, layout.element * (weights + logits + tokens * hidden))
-        loss = logits * c.LOSS_PASSES / (c.ELEMENTWISE * self.bandwidth)
-        return Times(matmul=matmul, loss=loss / 2), Times(matmul=2 * matmul, loss=loss / 2)
 
     def _block_comm(
         self, config: Config, layout: Layout, links: Links, layer: Layer, forward: Times, backward: Times
@@ -279,9 +159,8 @@ class TimeModel:
             parameters = max(0.0, parameters - forward.total)
         shards, table_shards = (layout.data * layout.context, layout.expert_data) if p.distributed_optimizer else (1, 1)
         own = kept.dense / shards + (kept.experts + kept.tables) / table_shards
-        adam = (own * c.ADAM_BYTES + kept.total * 4) / (c.ELEMENTWISE * self.bandwidth)
         host = stage.num_layers * c.STEP_LAUNCHES * self.cluster.launch_us / 1e6
-        return Times(gradient_comm=gradients + parameters, optimizer=adam + host)
+        return Times(gradient_comm=gradients + parameters, optimizer=self.kernels.adam(own, kept.total) + host)
 
 
 def _waiting_for_host(times: Times, launching: float) -> Times:
