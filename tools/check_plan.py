@@ -41,8 +41,8 @@ WARM_UP_STEPS, MEASURED_STEPS = 2, 3
 FILES = 200  # of the standard library: more text than the steps need
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: list[str] | None = None) -> int:
+    args = _arguments(arguments)
     quiet_dependencies()
     try:
         if args.child is not None:
@@ -56,7 +56,7 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--cases", default=",".join(CASES), help="default: %(default)s")
@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _all_cases(args: argparse.Namespace) -> list[Row]:

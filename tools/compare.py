@@ -55,8 +55,8 @@ class Recipe:
         return self.config.train.global_batch_size * self.config.data.sequence_length
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: list[str] | None = None) -> int:
+    args = _arguments(arguments)
     quiet_dependencies()
     try:
         recipes = [_recipe(path, args) for path in args.recipes]
@@ -70,7 +70,7 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE|SETTING", help="config files, and settings for all of them"
@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="1234", help="seeds of initialisation, a run for each (default %(default)s)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder (default %(default)s)")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     args.settings = [word for word in args.recipes if "=" in word]
     args.recipes = [Path(word) for word in args.recipes if "=" not in word]
     return args

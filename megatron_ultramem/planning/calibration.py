@@ -1,7 +1,7 @@
 """What of the datasheet programs reach, and what the host costs: every constant of the time model, with its source.
 
-Measured on one H100 SXM (benchmarks/results/kernels_h100.json, training_h100.json). Other GPUs are assumed to reach the
-same shares, and other kinds of memory layer, whose product keys no kernel selects yet, to take the time of UltraMemV2's.
+Measured on one H100 SXM (benchmarks/results/kernels_h100.json, training_h100.json). Other GPUs are assumed to reach
+the same shares, and memory layers with product keys, which no kernel selects yet, to take the time of UltraMemV2's.
 `tools/check_plan.py` measures what the model predicts with them.
 """
 

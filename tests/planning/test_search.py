@@ -56,6 +56,7 @@ def test_a_ring_over_all_layers_is_never_split_over_stages() -> None:
     assert {layout.layout.pipeline for layout in result.fitting} == {1}
 
 
+@pytest.mark.slow
 def test_the_120b_recipe_is_laid_out_on_64_gpus_and_needs_sharded_tables() -> None:
     best = found(recipe("ultramemv2_2_5b_120b_top256"), 64).fitting
     assert all(layout.layout.pipeline * layout.layout.expert_group >= 8 for layout in best)
@@ -91,8 +92,8 @@ def test_where_the_batch_binds_the_message_names_it() -> None:
 
 
 def test_a_layout_that_does_not_fit_is_explained_beside_those_that_do() -> None:
-    plan = make_plan(recipe("ultramemv2_2_5b_120b_top256"), 50304, load_cluster("h100"), 64)
-    assert "GiB, and a rank can use 77.6 of 79.1 GiB" in plan.problem and "table gradients" in plan.problem
+    plan = make_plan(recipe("ultramemv2_2_5b_25b"), 50304, load_cluster("h200"), 8)
+    assert "GiB, and a rank can use 138.3 of 139.8 GiB" in plan.problem and "table gradients" in plan.problem
     assert plan.found is not None and plan.found.fitting
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.scripts import script
+
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 model: {num_layers: 2, hidden_size: 64, num_attention_heads: 4, ffn_hidden_size: 96, max_sequence_length: 64,
@@ -46,7 +48,9 @@ def test_predicted_and_measured_figures_are_written_side_by_side(tmp_path: Path)
     ("arguments", "said"),
     [(["--cases=other"], "--cases other: legal: as_is"), (["--cluster=other"], "--cluster other: unknown")],
 )
-def test_refused_before_anything_runs(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_refused_before_anything_runs(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    done = call(f"--config={tmp_path}/tiny.yaml", *arguments)
-    assert done.returncode == 2 and said in done.stderr
+    assert script("check_plan").main([f"--config={tmp_path}/tiny.yaml", *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -14,6 +14,7 @@ from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.reporting import load_run
 from megatron_ultramem.training.preprocess import preprocess
 from megatron_ultramem.training.stdlib_corpus import stdlib_files
+from tests.tools.scripts import script
 
 ROOT = Path(__file__).parents[2]
 COMMON = """
@@ -90,6 +91,8 @@ def test_minutes_become_steps_of_each_and_data_keeps_its_order(recipes: list[str
         (["--tokens=1e4", "model.num_layer=3"], "did you mean model.num_layers"),
     ],
 )
-def test_refused_before_anything_runs(recipes: list[str], tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = call(*recipes, *arguments, f"--output={tmp_path}")
-    assert done.returncode == 2 and said in done.stderr
+def test_refused_before_anything_runs(
+    recipes: list[str], tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script("compare").main([*recipes, *arguments, f"--output={tmp_path}"]) == 2
+    assert said in capsys.readouterr().err
