@@ -73,10 +73,10 @@ class CheckpointReader:
             low, high = max(start, part.place[0]), min(stop, part.place[0] + part.shape[0])
             if low >= high:
                 continue
-            rows = _read_rows(part, info.dtype, low - part.place[0], high - part.place[0])
             columns = tuple(slice(at, at + size) for at, size in zip(part.place[1:], part.shape[1:], strict=True))
-            out[(slice(low - start, high - start), *columns)] = rows
-            filled += rows.numel()
+            place = out[(slice(low - start, high - start), *columns)]
+            _read_rows(part, low - part.place[0], high - part.place[0], place)
+            filled += place.numel()
         if filled != out.numel():
             raise CheckpointError(
                 f"checkpoint {self.folder} is damaged: of {name} {list(info.shape)} only {filled} of {out.numel()} "
@@ -85,20 +85,22 @@ class CheckpointReader:
         return out
 
 
-def _read_rows(part: _Part, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a part."""
+def _read_rows(part: _Part, start: int, stop: int, place: torch.Tensor) -> None:
+    """Fills `place` with rows [start, stop) of a part."""
     try:
         data_offset = _data_offset(part)
         if data_offset is None:
             with _Window(part.file, part.offset, part.length) as window:
                 whole: torch.Tensor = torch.load(cast(IO[bytes], window), weights_only=True)
-            return whole.view(part.shape)[start:stop]
-        rows = torch.empty((stop - start, *part.shape[1:]), dtype=dtype)
-        row_bytes = math.prod(part.shape[1:]) * dtype.itemsize
+            place.copy_(whole.view(part.shape)[start:stop])
+            return
+        rows = place if place.is_contiguous() else torch.empty(place.shape, dtype=place.dtype)
+        row_bytes = math.prod(part.shape[1:]) * place.dtype.itemsize
         with part.file.open("rb", buffering=0) as file:
             file.seek(part.offset + data_offset + start * row_bytes)
             _read_into(file, raw_bytes(rows))
-        return rows
+        if rows is not place:
+            place.copy_(rows)
     except Exception as error:  # what is read is damaged, and torch's unpickler can then raise anything
         raise CheckpointError(
             f"checkpoint file {part.file} is damaged: {' '.join(str(error).split()) or type(error).__name__}"

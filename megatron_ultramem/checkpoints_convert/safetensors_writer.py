@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultramem.checkpoints_convert.tensors import Made, raw_bytes
+from megatron_ultramem.checkpoints_convert.tensors import Made, raw_bytes, row_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,17 +72,17 @@ def _write_file(path: Path, tensors: Sequence[Made], advance: Callable[[int], No
     ordered = sorted(tensors, key=lambda tensor: -tensor.info.dtype.itemsize)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in (_header(ordered), *(_blocks(ordered, advance))):
-            digest.update(piece)
-            file.write(piece)
+        header = _header(ordered)
+        digest.update(header)
+        file.write(header)
+        for tensor in ordered:
+            for start, stop in row_blocks(tensor.info):
+                block = tensor.block(start, stop)
+                digest.update(raw_bytes(block))
+                file.write(raw_bytes(block))
+                advance(block.nbytes)
+                del block  # before the next one is made
     return digest.hexdigest()
-
-
-def _blocks(tensors: Sequence[Made], advance: Callable[[int], None]) -> Any:
-    for tensor in tensors:
-        for block in tensor.blocks():
-            yield raw_bytes(block)
-            advance(block.nbytes)
 
 
 def _header(tensors: Sequence[Made]) -> bytes:

@@ -82,11 +82,6 @@ class Made:
         assert block.shape == (stop - start, *self.info.shape[1:]), (self.name, block.shape, self.info.shape)
         return block
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """One block after the other."""
-        for start, stop in row_blocks(self.info):
-            yield self.block(start, stop)
-
 
 def make(recipe: Recipe, reader: TensorReader) -> Made:
     """Binds a recipe to its source."""
