@@ -36,6 +36,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.20", "triton>=3.6", "nvidia-ml-py"],
         "tokenizers": ["tokenizers", "sentencepiece", "tiktoken"],
         "hf": ["transformers>=5.4", "accelerate", "safetensors", "tokenizers"],
+        "eval": ["lm_eval>=0.4.13", "transformers>=5.4", "accelerate", "safetensors", "tokenizers"],
         "wandb": ["wandb"],
         "prometheus": ["prometheus-client"],
         "deepspeed": ["deepspeed"],

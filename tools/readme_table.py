@@ -20,6 +20,7 @@ SHOWN = {
         "received_gb_s_256_mib", "tokens_per_s_with_optimizer", "step_cost_percent", "exchange_gb_s", "peak_gib",
         "table_gib", "table_gib_on_one",
     ],
+    "conversion": ["checkpoint_mib", "largest_tensor_mib", "tiny_model_peak_mib", "to_hf_peak_mib", "from_hf_peak_mib"],
     "kernels": [
         "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
         "layer_forward_backward_ms", "layer_t1_us",

@@ -36,8 +36,12 @@ from megatron_ultramem.training.checksums import SUMS_FILE, find_damage
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def run_convert(args: argparse.Namespace) -> None:
-    """Runs the command; raises the errors of `megatron_ultramem.errors`, and then leaves nothing behind."""
+def run_convert(args: argparse.Namespace, console: Console | None = None) -> None:
+    """Runs the command; raises the errors of `megatron_ultramem.errors`, and then leaves nothing behind.
+
+    Args:
+        console: where it says what it does; None: the terminal.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "ultramem convert runs in one process, whatever layout the checkpoint has; legal: no launcher"
@@ -48,7 +52,7 @@ def run_convert(args: argparse.Namespace) -> None:
             "'megatron-ultramem[hf]'"
         )
     _quiet_transformers()
-    console = Console(highlight=False, soft_wrap=True)
+    console = console or Console(highlight=False, soft_wrap=True)
     directions = {"to-hf": _to_hf, "from-hf": _from_hf, "from-released": _from_released, "upcycle": _upcycle}
     directions[args.direction](args, console)
 
