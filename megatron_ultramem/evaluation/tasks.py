@@ -46,10 +46,11 @@ def write_tasks(folder: Path, *, texts: Sequence[Path] = (), choices: Sequence[P
     Raises DataError if a file cannot be read or a line of it has another form, and for two files of one name.
     """
     names: list[str] = []
-    for kind, files, fields in (
+    kinds: tuple[tuple[dict[str, Any], Sequence[Path], dict[str, type]], ...] = (
         (_TEXTS, texts, {"text": str}),
         (_CHOICES, choices, {"question": str, "choices": list, "answer": int}),
-    ):
+    )
+    for kind, files, fields in kinds:
         for file in files:
             _check(file, fields)
             name = "local_" + re.sub(r"\W+", "_", file.stem)
