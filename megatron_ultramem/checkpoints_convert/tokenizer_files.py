@@ -12,9 +12,9 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from megatron_ultramem.checkpoints_convert.sentencepiece_json import convert_sentencepiece
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.errors import CheckpointError, ConfigError
 from megatron_ultramem.training.tokenizers import CL100K_PATTERN, EOD_NAMES, Tokenizer, build_tokenizer
@@ -44,7 +44,7 @@ def write_for_transformers(config: TokenizerConfig, tokenizer: Tokenizer, folder
         elif config.kind != "huggingface":
             _converted(config).save(str(folder / TOKENIZER_JSON))
     except Exception as error:  # the libraries' converters raise whatever they like
-        return [f"no tokenizer.json: transformers cannot convert this {config.kind} tokenizer ({error})"]
+        return [f"no tokenizer.json: this {config.kind} tokenizer cannot be converted ({error})"]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": _library_tokenizer(folder / TOKENIZER_JSON).id_to_token(tokenizer.eod),
@@ -75,8 +75,8 @@ def _compare(tokenizer: Tokenizer, folder: Path, kind: str) -> list[str]:
         for name in (TOKENIZER_JSON, TOKENIZER_CONFIG):
             (folder / name).unlink()
         return [
-            f"no tokenizer.json: what transformers makes of this {kind} tokenizer reads {differing[0][:30]!r}… in "
-            "another way"
+            f"no tokenizer.json: what the tokenizers library makes of this {kind} tokenizer reads "
+            f"{differing[0][:30]!r}… in another way"
         ]
     if differing:
         return [f"AutoTokenizer reads {differing[0][:30]!r}… in another way than training did"]
@@ -114,18 +114,21 @@ def _byte_characters() -> list[str]:
 
 
 def _converted(config: TokenizerConfig) -> Any:
-    """A SentencePiece or tiktoken tokenizer as one of the tokenizers library, by transformers' converters."""
-    convert = importlib.import_module("transformers.convert_slow_tokenizer")
+    """A SentencePiece or tiktoken tokenizer as one of the tokenizers library."""
     file = _own_file(config)
     if file is None:
         raise ConfigError(f"{config.path} is one of tiktoken's own encodings, of which there is no file")
     if config.kind == "sentencepiece":
-        return convert.SpmConverter(SimpleNamespace(vocab_file=str(file))).converted()
-    return convert.TikTokenConverter(
-        vocab_file=str(file),
-        pattern=config.pattern or CL100K_PATTERN,
-        extra_special_tokens=[config.eod_token or EOD_NAMES[0]],
-    ).converted()
+        return convert_sentencepiece(file)
+    return (
+        importlib.import_module("transformers.convert_slow_tokenizer")
+        .TikTokenConverter(
+            vocab_file=str(file),
+            pattern=config.pattern or CL100K_PATTERN,
+            extra_special_tokens=[config.eod_token or EOD_NAMES[0]],
+        )
+        .converted()
+    )
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ MOE = [
 FP32, BF16 = "train.precision=fp32", "train.precision=bf16"
 
 
-def write_corpus(folder: Path) -> Path:
-    """Prefix of a small data set of bytes."""
+def write_corpus(folder: Path, tokenizer: TokenizerConfig | None = None) -> Path:
+    """Prefix of a small data set, of bytes unless another tokenizer is given."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     text.write_text("The cat sat on the mat, and so did the dog. " * 40)
-    preprocess([text], folder / "data", TokenizerConfig())
+    preprocess([text], folder / "data", tokenizer or TokenizerConfig())
     return folder / "data"
 
 
