@@ -5,6 +5,7 @@ What it cannot express exactly, if anything, the comparison in `tokenizer_files.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ SPACE = "\u2581"  # by which SentencePiece writes a space
 
 def convert_sentencepiece(path: Path) -> Any:
     """The tokenizer of a .model file; raises ValueError for the kinds of model that the library does not have."""
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = messages.ModelProto.FromString(path.read_bytes())
     trained = proto.trainer_spec
     scored = [(piece.piece, piece.score) for piece in proto.pieces]
+    model: models.Model
     if trained.model_type == UNIGRAM:
         model = models.Unigram(scored, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
     elif trained.model_type == BPE:
