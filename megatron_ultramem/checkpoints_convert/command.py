@@ -66,8 +66,7 @@ def parse_size(text: str) -> int:
 
 
 def _to_hf(args: argparse.Namespace, console: Console) -> None:
-    from transformers import AutoModelForCausalLM
-
+    from megatron_ultramem.checkpoints_convert.huggingface.modeling_ultramem import UltraMemForCausalLM
     from megatron_ultramem.checkpoints_convert.to_huggingface import export_checkpoint, write_folder
 
     shard_bytes = parse_size(args.max_shard_size)
@@ -75,6 +74,8 @@ def _to_hf(args: argparse.Namespace, console: Console) -> None:
     export = export_checkpoint(args.source, args.overrides)
     _check_sums(export.folder, console)
     tensors = [make(recipe, export.reader) for recipe in export.recipes]
+    if not args.no_verify:
+        verify.check_memory(tensor.info for tensor in tensors)
     with new_folder(args.target, _bytes(tensors)) as draft:
         with _progress(console, "writing", _bytes(tensors)) as advance:
             remarks = write_folder(draft, export, tensors, advance, shard_bytes=shard_bytes)
@@ -83,13 +84,12 @@ def _to_hf(args: argparse.Namespace, console: Console) -> None:
             args,
             console,
             lambda precision: verify.our_logits(export.folder, prompts, precision, args.overrides),
-            lambda precision: verify.their_logits(
-                draft, prompts, precision, AutoModelForCausalLM, trust_remote_code=True
-            ),
+            # By the files that were copied: loaded from the draft, they would stay in the user's cache of modules.
+            lambda precision: verify.their_logits(draft, prompts, precision, UltraMemForCausalLM),
         )
-    _report(console, args, export.recipes, export.reader.tensors, {}, remarks)
     if left := export.reader.left_behind:
         console.print(f"not weights, and so not converted: {len(left)} entries of optimizer, random and FP8 state")
+    _report(console, args, export.recipes, export.reader.tensors, {}, remarks)
 
 
 def _from_hf(args: argparse.Namespace, console: Console) -> None:
@@ -153,6 +153,8 @@ def _write_import(
     """Writes a checkpoint, compares it with its source (None: which nothing here can run), and prints what was done."""
     tensors = [make(recipe, model.reader) for recipe in model.recipes]
     tokenizer, file = model.tokenizer.tokenizer, model.tokenizer.file
+    if their_logits is not None and not args.no_verify:
+        verify.check_memory(tensor.info for tensor in tensors)
     with new_folder(args.target, _bytes(tensors)) as draft:
         with _progress(console, "writing", _bytes(tensors)) as advance:
             write_model(draft, model, tensors, advance)
@@ -179,9 +181,7 @@ def _gate(args: argparse.Namespace, console: Console, ours: Callable[[str], Any]
     if args.no_verify:
         console.print("logits were not compared (--no-verify)")
         return
-    precision = args.verify_precision
-    # One after the other, so that one model is in memory at a time.
-    console.print(str(verify.compare(ours(precision), theirs(precision), precision)))
+    console.print(str(verify.run_gate(args.verify_precision, ours, theirs)))
 
 
 def _report(

@@ -95,7 +95,12 @@ def import_folder(folder: Folder, home: Path, overrides: Sequence[str]) -> Impor
     }
     derived = rotary_buffers(folder)
     check_sources(recipes, folder.reader.tensors, folder.path, {**permutations, **derived})
+    drawn_anew = [override for override in overrides if override.startswith("model.memory.shuffle_seed=")]
     config, more, compared = shuffles.from_theirs(config, folder.reader)
+    if drawn_anew and config.model.memory.keep_shuffle:
+        raise ConfigError(
+            f"{drawn_anew[0]}: the folder's permutations are not those of this seed, and are kept; legal: without it"
+        )
     compared |= dict.fromkeys(derived, FROM_ROPE_BASE)
     origin = {name: getattr(folder.conversion.record, name) if folder.conversion else 0 for name in ORIGIN}
     made = in_precision([*recipes, *more], folder.precision, folder.reader.tensors)

@@ -6,6 +6,7 @@ one block at a time, and each block is a shard of its tensor, so that any layout
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,9 +42,14 @@ def write_checkpoint(folder: Path, tensors: Sequence[Made], advance: Progress) -
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         # Where the disk is full, torch's zip writer ends with a RuntimeError of its own.
-        raise (OSError(reason(error)) if isinstance(cause, RuntimeError) else cause) from None
+        raise (OSError(_plain(reason(error))) if isinstance(cause, RuntimeError) else cause) from None
     torch.save({"content_metadata": {**MODEL_METADATA, **OPTIMIZER_METADATA}}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+def _plain(message: str) -> str:
+    """Without the place in torch's sources at which its zip writer gave up."""
+    return re.sub(r"\[enforce fail at [^\]]*\]\.?\s*", "", message)
 
 
 class _BlockPlanner(dcp.DefaultSavePlanner):

@@ -31,6 +31,7 @@ _LEGAL: dict[str, tuple[Any, ...]] = {
     "embedding_layer_norm": (False,),
     "clip_qkv": (None,),
 }
+_MEMORY_SETTINGS = ("mem_knum", "mem_knn", "mem_share_ratio", "mem_use_glu_act", "mem_q_for_each_tucker_rank")
 _DEFAULT = {"rope": False, "layer_norm_type": "default", "activation_type": "swiglu", "block_type": "sequential"}
 
 
@@ -63,6 +64,12 @@ def read_released_config(path: Path, tensors: Mapping[str, TensorInfo]) -> Relea
         for name, legal in _LEGAL.items()
         if (value := theirs.get(name, _DEFAULT.get(name, legal[0]))) not in legal
     ]
+    rope_base = theirs.get("rope_theta", 10000)
+    if not isinstance(rope_base, int | float) or rope_base != int(rope_base):
+        wrong.append(f"rope_theta = {rope_base!r} (legal: a whole number)")
+    if unknown := sorted(str(name) for name in theirs if str(name).startswith("mem_") and name not in _MEMORY_SETTINGS):
+        listed = ", ".join(f"{name} = {theirs[name]!r}" for name in unknown)
+        wrong.append(f"{listed} (known: {', '.join(_MEMORY_SETTINGS)})")
     if wrong:
         raise CheckpointError(f"{path}: the trainer has no counterpart for {'; '.join(wrong)}")
     shapes = _Shapes(path, tensors)
@@ -78,7 +85,7 @@ def read_released_config(path: Path, tensors: Mapping[str, TensorInfo]) -> Relea
         "num_query_groups": groups,
         "ffn_hidden_size": shapes.of(BLOCK.format(0) + "ff_out")[1],
         "max_sequence_length": _required(path, theirs, "max_sequence_length"),
-        "rope_base": int(theirs.get("rope_theta", 10000)),
+        "rope_base": int(rope_base),
         "qk_norm": bool(theirs.get("attention_layer_norm", False)),
         "norm_eps": float(eps),
         "tie_embeddings": bool(theirs.get("weight_tying", True)),

@@ -26,7 +26,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, ConfigError
 from megatron_ultramem.planning.parameters import pad_vocabulary
 from megatron_ultramem.training.checkpoint_folder import Record, read_config, read_record, resolve_checkpoint
-from megatron_ultramem.training.checksums import SUMS_FILE, write_sums
+from megatron_ultramem.training.checksums import SUMS_FILE, sha256, write_sums
 from megatron_ultramem.training.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -88,7 +88,7 @@ def write_folder(
         advance: told the bytes of every block that has been written.
         shard_bytes: of a file of weights at most.
     """
-    write_sums(draft / SUMS_FILE, write_safetensors(draft, tensors, advance, shard_bytes=shard_bytes))
+    sums = write_safetensors(draft, tensors, advance, shard_bytes=shard_bytes)
     config, tokenizer = export.config, export.tokenizer
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     options: dict[str, Any] = {
@@ -96,10 +96,14 @@ def write_folder(
         "auto_map": AUTO_MAP,
         "dtype": dtype,
         "eos_token_id": tokenizer.eod,
+        "pad_token_id": tokenizer.eod,
     }
     theirs = UltraMemConfig(**hf_config(config, export.record.vocab_size), **options)
     theirs.save_pretrained(str(draft))
     UltraMemForCausalLM.default_generation_config(theirs).save_pretrained(str(draft))
     copy_model_files(draft)
     Conversion(config, export.record).write(draft)
-    return write_for_transformers(config.data.tokenizer, tokenizer, draft, config.model.max_sequence_length)
+    remarks = write_for_transformers(config.data.tokenizer, tokenizer, draft, config.model.max_sequence_length)
+    sums |= {file.name: sha256(file) for file in draft.iterdir() if file.name not in sums}
+    write_sums(draft / SUMS_FILE, sums)
+    return remarks

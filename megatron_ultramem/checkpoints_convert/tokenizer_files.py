@@ -45,9 +45,11 @@ def write_for_transformers(config: TokenizerConfig, tokenizer: Tokenizer, folder
             _converted(config).save(str(folder / TOKENIZER_JSON))
     except Exception as error:  # the libraries' converters raise whatever they like
         return [f"no tokenizer.json: this {config.kind} tokenizer cannot be converted ({error})"]
+    end = _library_tokenizer(folder / TOKENIZER_JSON).id_to_token(tokenizer.eod)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": _library_tokenizer(folder / TOKENIZER_JSON).id_to_token(tokenizer.eod),
+        "eos_token": end,
+        "pad_token": end,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
@@ -65,9 +67,9 @@ def _own_file(config: TokenizerConfig) -> Path | None:
 
 def _compare(tokenizer: Tokenizer, folder: Path, kind: str) -> list[str]:
     """Removes a made tokenizer.json that reads texts in another way; returns remarks."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # which AutoTokenizer makes, after it has run the folder's code
 
-    theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     differing = [text for text in SAMPLES if theirs(text, add_special_tokens=False).input_ids != tokenizer.encode(text)]
     if theirs.eos_token_id != tokenizer.eod:
         differing.append(str(theirs.eos_token))
@@ -153,8 +155,35 @@ def find_tokenizer(folder: Path, home: Path, saved: TokenizerConfig | None = Non
         home: folder of the checkpoint, at the end.
         saved: of the run that the folder was converted from, if it was.
 
-    Raises CheckpointError if there is none that we can use, and ConfigError if it is damaged.
+    Raises CheckpointError if there is none that we can use, or tokenizer.json has changed since it was made from the
+    saved one, and ConfigError if it is damaged.
     """
+    found = _find(folder, home, saved)
+    if saved is not None and saved.kind != "huggingface" and (folder / TOKENIZER_JSON).is_file():
+        _check_unchanged(folder / TOKENIZER_JSON, found)
+    return found
+
+
+def _check_unchanged(path: Path, saved: Found) -> None:
+    """Raises CheckpointError if a tokenizer.json reads texts in another way than the tokenizer it was made from."""
+    ours = saved.tokenizer
+    try:
+        theirs = _library_tokenizer(path)
+    except Exception as error:  # the library raises Exception itself
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    differing = [text for text in SAMPLES if theirs.encode(text, add_special_tokens=False).ids != ours.encode(text)]
+    # Fewer are legal: tiktoken counts ids that it leaves unused.
+    if differing or theirs.get_vocab_size() > ours.vocab_size:
+        what = f"reads {differing[0][:30]!r}… in another way" if differing else "has more tokens"
+        raise CheckpointError(
+            f"{path} ({theirs.get_vocab_size()} tokens) {what} than the {saved.config.kind} tokenizer of the run "
+            f"({saved.config.path or ours.identity}, {ours.vocab_size} tokens); legal: the tokenizer.json that was "
+            "written with the folder, or none"
+        )
+
+
+def _find(folder: Path, home: Path, saved: TokenizerConfig | None) -> Found:
+    """As `find_tokenizer`, from the file of the saved kind alone."""
     if saved is not None and (saved.kind == "byte" or not (folder / _CARRIED[saved.kind]).is_file()):
         return Found(saved, None, build_tokenizer(saved))  # bytes, one of tiktoken's own, or where it was then
     for kind in [saved.kind] if saved is not None else ["huggingface", "sentencepiece"]:

@@ -9,14 +9,17 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_ultramem.checkpoints_convert.huggingface import FORMAT_VERSION
+from megatron_ultramem.training.checksums import read_sums
 
 Convert = Callable[..., tuple[int, str]]
 FIRST, INDEX = "model-00001-of-", "model.safetensors.index.json"
@@ -43,13 +46,15 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 
 
-def refused(convert: Convert, direction: str, source: Path, target: Path, *named: str) -> None:
+def refused(
+    convert: Convert, direction: str, source: Path, target: Path, *named: str, without: str = "Traceback"
+) -> None:
     """One line that names what is wrong, the source untouched, nothing beside the target."""
     before, beside = digest(source), set(target.parent.iterdir())
     code, printed = convert(direction, source, target, "--no-verify")
     errors = [line for line in printed.splitlines() if line.startswith("error")]
     assert (code, len(errors)) == (2, 1), printed
-    assert "Traceback" not in printed
+    assert "Traceback" not in printed and without not in printed
     for part in named:
         assert part in errors[0], errors[0]
     assert digest(source) == before
@@ -136,6 +141,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_a_damaged_folder_is_refused(tmp_path: Path, broken: Path, convert: Convert, name: str) -> None:
     damage, named = BREAKS[name]
     damage(broken)
+    if name != "flipped-bit":
+        (broken / "SHA256SUMS").unlink()  # which would find the file changed
     refused(convert, "from-hf", broken, tmp_path / "ours", *named)
 
 
@@ -180,6 +187,7 @@ def test_a_full_disk_leaves_nothing(
             tmp_path / "target",
             "target cannot be written",
             "file" if direction == "from-hf" else "File too large",
+            without="enforce fail",
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -190,6 +198,45 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     refused(convert, "to-hf", checkpoint, tmp_path / "target", "its disk has 0.00 GiB left", "legal")
+
+
+def test_every_file_of_a_folder_is_summed(tmp_path: Path, broken: Path, convert: Convert) -> None:
+    assert {*read_sums(broken / "SHA256SUMS")} == {path.name for path in broken.iterdir()} - {"SHA256SUMS"}
+    with (broken / "tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    refused(convert, "from-hf", broken, tmp_path / "ours", "tokenizer_config.json is not what was written")
+
+
+@pytest.mark.parametrize("change", ["swapped", "longer"])
+def test_a_tokenizer_that_was_changed_is_refused(tmp_path: Path, broken: Path, convert: Convert, change: str) -> None:
+    def damage(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        if change == "swapped":
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        else:
+            vocabulary["ab"] = 257
+
+    edit_json(broken / "tokenizer.json", damage)
+    (broken / "SHA256SUMS").unlink()
+    named = "in another way than the byte tokenizer" if change == "swapped" else "(258 tokens) has more tokens than"
+    refused(convert, "from-hf", broken, tmp_path / "ours", str(broken / "tokenizer.json"), named, "257 tokens", "legal")
+
+
+def test_another_seed_does_not_move_kept_permutations(tmp_path: Path, folder: Path, convert: Convert) -> None:
+    code, printed = convert("from-hf", folder, tmp_path / "ours", "--no-verify", "model.memory.shuffle_seed=77")
+    assert code == 2
+    assert "model.memory.shuffle_seed=77: the folder's permutations are not those of this seed" in printed
+
+
+def test_too_little_memory_for_the_gate_is_refused_before_writing(
+    tmp_path: Path, checkpoint: Path, folder: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    for direction, source in (("to-hf", checkpoint), ("from-hf", folder)):
+        code, printed = convert(direction, source, tmp_path / "target")
+        assert code == 2
+        assert "GiB are free; legal: --no-verify" in printed
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_target_that_exists_is_not_touched(tmp_path: Path, checkpoint: Path, folder: Path, convert: Convert) -> None:

@@ -106,6 +106,8 @@ def without(*parts: str) -> Callable[[State], State]:
         (dict, {"mem_share_ratio": 0.25}, "mem_share_ratio = 0.25, the tensors say 0.5"),
         (dict, {"n_layers": 5}, "n_layers = 5, the tensors say 4"),
         (dict, {"layer_norm_type": "default"}, "layer_norm_type = 'default' (legal: 'rms')"),
+        (dict, {"mem_tucker_dropout": 0.1}, "mem_tucker_dropout = 0.1 (known: mem_knum"),
+        (dict, {"rope_theta": 500.5}, "rope_theta = 500.5 (legal: a whole number)"),
         (dict, {"n_heads": None}, "n_heads = None; legal: an integer"),
         (lambda s: {"optimizer": {}}, {}, "does not hold tensors by name"),
     ],
