@@ -18,6 +18,7 @@ from megatron_ultramem.training.checkpoint_folder import read_config
 from tests.convert.test_llama_style import MODELS, build, save_folder
 
 Convert = Callable[..., tuple[int, str]]
+EXAMPLE = Path(__file__).parents[2] / "examples/configs/upcycle_llama.yaml"
 PROMPTS = [[256, *b"The memory of a model"], [5], list(range(40))]
 V2 = {"num_keys": 9, "key_dim": 8, "top_m": 6, "value_dim": 12, "pre_value_dim": 10}
 PLAIN = {"num_keys": 9, "key_dim": 8, "top_m": 6}
@@ -124,9 +125,28 @@ def test_a_model_with_memory_is_not_upcycled(tmp_path: Path, folder: Path, conve
 
 
 def test_the_example_fits_a_model_of_its_size() -> None:
-    path = Path(__file__).parents[2] / "examples/configs/upcycle_llama.yaml"
     sizes = ["model.num_layers=22", "model.hidden_size=2048", "model.num_attention_heads=32"]
-    config = load_config(path, [*sizes, "data.paths=[x]"])
+    config = load_config(EXAMPLE, [*sizes, "data.paths=[x]"])
     from megatron_ultramem.planning.parameters import count_parameters
 
     assert 1.0e9 < count_parameters(config.model, 32000).tables < 1.2e9
+
+
+@pytest.mark.slow
+def test_the_example_trains(tmp_path: Path, corpus: Path, convert: Convert) -> None:
+    """The shipped file with sizes cut down, for one step."""
+    source = save_folder(tmp_path / "theirs", build("llama"))
+    start, run = tmp_path / "upcycled", tmp_path / "run"
+    small = [f"model.memory.{name}={size}" for name, size in V2.items()]
+    small += [
+        f"data.paths=[{corpus}]", "data.split='1,0,0'", "data.sequence_length=32", "data.tokenizer.kind=byte",
+        "train.steps=1", "train.global_batch_size=2", "train.micro_batch_size=2", "train.eval_steps=0",
+        "schedule.warmup_steps=0", "logging.interval=1", "logging.progress=false", "logging.tensorboard=false",
+    ]  # fmt: skip
+    code, printed = convert("upcycle", source, start, "--config", EXAMPLE, *small)
+    assert code == 0, printed
+    settings = ["--config", str(start / "config.yaml"), f"checkpoint.load={start}", "checkpoint.load_optimizer=false"]
+    assert main(["train", *settings, f"train.run_dir={run}"]) == 0
+    (step,) = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < step["loss"] < 10
+    assert read_config(run / "checkpoints" / "step_00000001").optimizer.value_lr_times == 4.0  # of the example
