@@ -107,6 +107,17 @@ def test_the_own_file_comes_back(tmp_path: Path, kind: str) -> None:
         assert Path(moved.config.path or "") == home / moved.file.name
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "huggingface"])
+def test_a_tokenizer_json_of_another_tokenizer_is_refused(tmp_path: Path, kind: str) -> None:
+    config = MAKERS[kind](tmp_path)
+    there = tmp_path / "hf"
+    there.mkdir()
+    write_for_transformers(config, build_tokenizer(config), there, 64)
+    shutil.copyfile(huggingface(tmp_path).path or "", there / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=f"in another way than the {config.kind} tokenizer of the run"):
+        find_tokenizer(there, tmp_path / "home", config)
+
+
 def test_special_tokens_that_training_did_not_see_are_named(tmp_path: Path) -> None:
     config = huggingface(tmp_path, adds_special_tokens=True)
     (note,) = write_for_transformers(config, build_tokenizer(config), tmp_path, 64)
