@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ultramem.errors import UserError, lost_another_rank
+from megatron_ultramem.errors import ConfigError, UserError, lost_another_rank
 
 if TYPE_CHECKING:
     from megatron_ultramem.config.schema import Config
@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
     try:
-        if getattr(args, "ranks", None) and "RANK" not in os.environ:
+        if getattr(args, "max_restarts", 0) and args.ranks is None:
+            raise ConfigError(
+                f"--max-restarts {args.max_restarts} needs --ranks; torchrun has such an option of its own"
+            )
+        if getattr(args, "ranks", None) is not None and "RANK" not in os.environ:
             from megatron_ultramem.launch import launch
 
             if args.run is _train:

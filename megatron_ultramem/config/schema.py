@@ -324,7 +324,9 @@ class DataConfig:
     test_weights: list[float] = setting([], "Sampling weight of each test path.")
     sequence_length: int = setting(4096, "Tokens per sample.", minimum=1)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={"help": "Tokenizer."})
-    reset_position_ids: bool = setting(False, "Positions start at 0 in every document.")
+    reset_position_ids: bool = setting(
+        False, "Positions start at 0 in every document (needs mask_document_boundaries)."
+    )
     mask_document_boundaries: bool = setting(False, "Attention does not cross document boundaries.")
     mask_eod_loss: bool = setting(False, "No loss on end-of-document tokens.")
     seed: int = setting(1234, "Seed of the data order.", minimum=0)

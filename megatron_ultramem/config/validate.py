@@ -162,6 +162,16 @@ def _validate_parallel(config: Config, training: bool) -> None:
             "data.mask_document_boundaries = true is not supported with "
             f"parallel.context_parallel_size = {cp}; legal: false, or context_parallel_size = 1"
         )
+    if cp > 1 and m.memory.balance_loss_coeff > 0 and memory:
+        raise ConfigError(
+            f"model.memory.balance_loss_coeff = {m.memory.balance_loss_coeff} with parallel.context_parallel_size = "
+            f"{cp}: each rank would balance its own part of a sequence; legal: 0, or context_parallel_size = 1"
+        )
+    if config.data.reset_position_ids and not config.data.mask_document_boundaries:
+        raise ConfigError(
+            "data.reset_position_ids = true without data.mask_document_boundaries = true would be ignored: rotary "
+            "positions are relative; legal: both, or false"
+        )
     if cp > 1 and m.backend == "local":
         raise ConfigError(
             f"parallel.context_parallel_size = {cp} needs Transformer Engine; model.backend = local has "

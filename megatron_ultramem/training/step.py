@@ -115,8 +115,10 @@ def _set_auxiliary_scale(
     if megatron_config.grad_scale_func is not None:
         scale = megatron_config.grad_scale_func(scale)
     if megatron_config.calculate_per_token_loss:
-        # Gradients are sums over tokens then, divided by the number of tokens of the global batch at the end.
-        scale = scale * config.train.micro_batch_size * config.data.sequence_length
+        # Gradients are sums over tokens then, divided by the number of tokens of the global batch at the end; ranks
+        # that split a sequence add one loss each.
+        tokens = config.train.micro_batch_size * config.data.sequence_length
+        scale = scale * tokens / config.parallel.context_parallel_size
     else:
         scale = scale / num_microbatches
     AuxiliaryLossScale.set(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ultramem.cli import main
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.validate import stage_of_layer, validate_world
 from megatron_ultramem.errors import ConfigError
@@ -104,3 +105,26 @@ def test_interleaved_stages_hold_layers_as_megatron_places_them() -> None:
 
 def test_a_pool_may_fill_a_stage_exactly() -> None:
     load_config(None, ["model.memory.sharing=ring", "model.memory.share_size=5", "model.memory.pool_size=10", PP2])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["data.reset_position_ids=true"], "data.mask_document_boundaries = true would be ignored"),
+        (["parallel.context_parallel_size=2", "model.memory.balance_loss_coeff=0.1"], "balance_loss_coeff = 0.1"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_wrong_are_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(["--ranks", "0"], "--ranks 0"), (["--max-restarts", "2"], "--max-restarts 2 needs --ranks")]
+)
+def test_options_for_ranks_are_not_ignored(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["train", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -20,8 +20,8 @@ Shards = list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]
 
 
 def train_job(overrides: list[str], steps: int, with_evaluation: bool = False) -> dict[str, Any]:
-    """Trains `steps` steps; returns losses, gradient norms, this rank's shards of the first step's gradients (before
-    and after clipping) and of the parameters after the last step."""
+    """Trains `steps` steps; returns losses, gradient norms, this rank's shards of the first step's gradients before
+    clipping and of the parameters after the last step."""
     run = set_up(load_config(None, overrides))
     result: dict[str, Any] = {"losses": [], "grad_norms": []}
     prepare_grads = run.optimizer.prepare_grads
