@@ -76,9 +76,10 @@ def forget_moe_losses() -> None:
 
         get_moe_metrics_tracker().clear()
     else:
-        from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-        clear_aux_losses_tracker()
+        # Megatron's own clearing keeps the length, which is the number of layers of this process's first model.
+        get_moe_layer_wise_logging_tracker().clear()
 
 
 def install_adam_checkpoint_fix() -> None:

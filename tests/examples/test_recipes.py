@@ -17,7 +17,8 @@ from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.planning.parameters import count_parameters
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "quickstart")
+OTHERS = ("quickstart", "upcycle_llama")  # no recipes of published models
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in OTHERS)
 FAMILIES = {
     "227M/1.2B": ["olmoe_227m_1b", "memory_plus_227m_1b", "ultramem_227m_1b", "ultramemv2_227m_1b", "dense_227m"],
     "1B/7B": ["olmoe_1b_7b", "ultramemv2_1b_7b"],
