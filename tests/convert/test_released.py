@@ -36,7 +36,12 @@ def save(folder: Path, state: State, config: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("single-query", "two-heads-gelu-untied")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in FAST)]
+)
 def test_logits_are_those_of_the_released_forward(tmp_path: Path, convert: Convert, name: str) -> None:
     sizes = MODELS[name]
     state = random_state(sizes)

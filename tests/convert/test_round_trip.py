@@ -20,7 +20,7 @@ MODELS = {
     "dense-untied": [
         FP32, "model.memory.layers=none", "model.tie_embeddings=false", "model.qk_norm_width=all_heads",
     ],
-    "moe-and-memory": [FP32, *MOE, "model.memory.layers='0,1'", "model.memory.num_heads=2"],
+    "moe-and-memory-heads": [FP32, *MOE, "model.memory.layers='0,1'", "model.memory.num_heads=2"],
     "no-ring-bf16": [
         BF16, "model.memory.sharing=no_ring", "model.memory.share_size=3", "model.memory.query_per_rank=false",
     ],

@@ -36,7 +36,12 @@ def write_recipe(path: Path, memory: dict, **sections: dict) -> Path:
     return path
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+FAST = ("ultramem_v2-ring", "pkm")  # with and without a last matrix to be zero
+
+
+@pytest.mark.parametrize(
+    "memory", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in MEMORIES if name not in FAST)]
+)
 def test_logits_are_bitwise_those_of_the_dense_model(tmp_path: Path, convert: Convert, memory: str) -> None:
     source = save_folder(tmp_path / "theirs", build("llama"))
     recipe = write_recipe(tmp_path / "recipe.yaml", MEMORIES[memory])
