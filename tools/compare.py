@@ -9,8 +9,8 @@ steps of every recipe are timed first). The learning rate warms up over a twenti
 Settings apply to all recipes; with the name of a recipe before them (`olmoe_227m_1b:model.moe.dispatcher=allgather`) to
 that one. Data, batch and vocabulary must be the same for all.
 
-Every run is an `ultramem train`; its checkpoint is deleted when it is done. Runs that are there already are not
-repeated. Writes comparison.md, comparison.png and comparison_<hardware>.json to --output.
+Every run is an `ultramem train`; its checkpoint is deleted when it is done. Runs that are there already, with
+the same settings, are not repeated. Writes comparison.md, comparison.png and comparison_<hardware>.json to --output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ultramem.config import load_config
-from megatron_ultramem.config.load import walk
+from megatron_ultramem.config.load import config_to_dict, walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import UserError
 from megatron_ultramem.quiet import quiet_dependencies
@@ -147,9 +147,10 @@ def _train(recipe: Recipe, steps: dict[str, int], args: argparse.Namespace) -> l
     own, most = steps[recipe.name], max(steps.values())
     for seed in _seeds(args.seeds):
         folder = args.output / recipe.name / f"seed_{seed}_{own}_steps"
-        if not (folder / "done").exists():
+        done, what = folder / "done.json", json.dumps([config_to_dict(recipe.config), most, args.ranks])
+        if not done.exists() or done.read_text() != what:
             _run(recipe, folder, own, most, seed, args, interval=max(1, own // LOGGED_POINTS), evaluate=True)
-            (folder / "done").touch()
+            done.write_text(what)
         runs.append(load_run(folder))
     return runs
 

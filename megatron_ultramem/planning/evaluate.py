@@ -55,6 +55,8 @@ class Evaluation:
         }
         if p.virtual_pipeline_stages > 1:
             found["parallel.overlap_p2p"] = p.overlap_p2p
+        if self.layout.placement.placement == "two_level":
+            found["parallel.memory_columns"] = self.layout.placement.columns
         return found
 
 

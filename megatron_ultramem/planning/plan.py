@@ -141,7 +141,7 @@ def make_plan(
 
 
 def _cannot_be_laid_out(evaluator: Evaluator, config: Config, found: Found) -> str:
-    constraint = binding_constraint(evaluator, config, found)
+    constraint = binding_constraint(evaluator, found)
     smallest = smallest_cluster(evaluator, config)
     name = evaluator.cluster.name
     if smallest is None:

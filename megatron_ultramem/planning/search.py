@@ -19,7 +19,6 @@ from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, with_reco
 from megatron_ultramem.planning.layout import Layout, layout_of
 from megatron_ultramem.planning.memory import GIB, RankMemory
 
-MODES = ("none", "memory", "full")
 MAX_CHUNKS = 4
 LEAST_TOKENS_OF_CONTEXT = 2048  # of a context-parallel rank
 LARGEST_CLUSTER = 16384
@@ -68,7 +67,7 @@ def smallest_cluster(evaluator: Evaluator, config: Config) -> Evaluation | None:
     return None
 
 
-def binding_constraint(evaluator: Evaluator, config: Config, found: Found) -> str:
+def binding_constraint(evaluator: Evaluator, found: Found) -> str:
     """What keeps every layout from fitting, in words; only where none fits."""
     closest = found.refusals.closest
     if closest is None:
@@ -77,9 +76,8 @@ def binding_constraint(evaluator: Evaluator, config: Config, found: Found) -> st
         reason, count = refused.most_common(1)[0]
         return f"{what}: {reason} (so for {count} layouts, and {refused.total() - count} alike)"
     layout, memory = layout_of(closest[0], found.gpus), closest[1]
-    return f"memory binds: the layout that comes closest ({describe(closest[0], layout)}) " + needs(
-        memory, evaluator.cluster
-    )
+    which = f"the layout that comes closest ({describe(closest[0], layout)})"
+    return f"memory binds: {which} {needs(memory, evaluator.cluster)}"
 
 
 def needs(memory: RankMemory, cluster: Cluster) -> str:
@@ -121,11 +119,16 @@ def as_overrides(settings: dict[str, object]) -> str:
 
 
 def _fitting(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals) -> Iterator[Evaluation]:
+    modes = ["none", "full"]
+    if evaluator.work.pools:
+        modes.insert(1, "memory")
+    if evaluator.backend == "local":  # fused attention has no scores that could be dropped
+        modes.insert(1, "selective")
     for placed in _placed(evaluator, config, gpus, refusals):
         unfit: set[str] = set()  # modes in which a smaller micro-batch did not fit
-        for sized in _micro_batches(evaluator, placed, gpus, refusals):
-            for mode in MODES:
-                if mode in unfit or (mode == "memory" and not evaluator.work.pools):
+        for sized in _micro_batches(evaluator, placed, gpus):
+            for mode in modes:
+                if mode in unfit:
                     continue
                 candidate = with_recompute(sized, mode)
                 _, memory = evaluator.memory(candidate, layout_of(candidate, gpus))
@@ -134,7 +137,7 @@ def _fitting(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals
                     break
                 unfit.add(mode)
                 refusals.too_large(candidate, memory)
-            if len(unfit) == len(MODES):
+            if len(unfit) == len(modes):
                 break
 
 
@@ -169,23 +172,21 @@ def _placements(evaluator: Evaluator, candidate: Config, gpus: int, refusals: Re
     if not evaluator.fits(memory):  # with less there is nothing to try
         refusals.too_large(with_recompute(smallest, "full"), memory)
         return
-    wanted = [e.placement for e in estimates(candidate) if not e.problem]
-    for placement in wanted:
-        placed = dataclasses.replace(candidate.parallel, memory_placement=placement)
-        candidate = dataclasses.replace(candidate, parallel=placed)
-        graphs = candidate.train.cuda_graphs != "none" and not evaluator.problem(
-            _with(candidate, micro_batch_size=1), gpus
-        )
-        yield candidate if graphs else _with(candidate, cuda_graphs="none")
+    for estimate in estimates(candidate):
+        if estimate.problem:
+            continue
+        parallel = dataclasses.replace(candidate.parallel, memory_placement=estimate.placement)
+        placed = dataclasses.replace(candidate, parallel=parallel)
+        graphs_go_with_it = not evaluator.problem(_with(placed, micro_batch_size=1), gpus)
+        yield placed if graphs_go_with_it else _with(placed, cuda_graphs="none")
 
 
-def _micro_batches(evaluator: Evaluator, placed: Config, gpus: int, refusals: Refusals) -> Iterator[Config]:
+def _micro_batches(evaluator: Evaluator, placed: Config, gpus: int) -> Iterator[Config]:
     p = placed.parallel
     data = gpus // (p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
     for size in _powers(placed.train.global_batch_size // data):
         candidate = _with(placed, micro_batch_size=size)
-        reason = evaluator.problem(candidate, gpus)
-        if not reason:
+        if not evaluator.problem(candidate, gpus):
             yield candidate
 
 

@@ -11,6 +11,7 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate, validate_world
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.parallel.cost_model import choose
 from megatron_ultramem.planning.clusters import load_cluster
 from megatron_ultramem.planning.evaluate import Evaluator, on_cluster
 from megatron_ultramem.planning.memory import GIB
@@ -43,6 +44,16 @@ def test_every_layout_found_is_legal_fits_and_uses_all_gpus() -> None:
         assert layout.memory.required <= load_cluster("h100").usable_gib * GIB
         settings = [f"{name}={value}" for name, value in layout.settings().items()]
         assert validate_world(load_config(None, [*SMALL, *settings]), 8) == layout.layout.data
+
+
+def test_settings_of_two_levels_name_the_columns_of_the_clusters_nodes() -> None:
+    machine = load_cluster("h100", ["cluster.gpus_per_node=4"])
+    config = on_cluster(load_config(None, [*SMALL, "parallel.ranks_per_node=8"]), machine)
+    fitting = search(Evaluator(config, 50304, machine), config, 16).fitting
+    layout = next(one for one in fitting if one.layout.placement.placement == "two_level")
+    settings = [f"{name}={value}" for name, value in layout.settings().items()]
+    chosen = choose(load_config(None, [*SMALL, "parallel.ranks_per_node=8", *settings]))
+    assert (chosen.placement, chosen.columns) == ("two_level", 4)
 
 
 def test_layouts_are_ranked_by_speed() -> None:

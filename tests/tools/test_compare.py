@@ -64,7 +64,10 @@ def test_recipes_are_trained_on_the_same_tokens_and_shown_together(recipes: list
     seeds = [load_run(output / "dense" / f"seed_{seed}_20_steps") for seed in (1, 2)]
     assert seeds[0].metrics["loss"].values[0] != seeds[1].metrics["loss"].values[0]
     again = call(*arguments)
-    assert again.returncode == 0 and "steps" not in again.stdout.split("recipe")[0]  # nothing is trained twice
+    assert again.returncode == 0 and "seed 1: " not in again.stdout  # nothing is trained twice
+    other = call(*arguments, "moe:optimizer.lr=1e-3")
+    assert other.returncode == 0
+    assert "moe, seed 1: 20 steps" in other.stdout and "dense, seed 1: " not in other.stdout
 
 
 @pytest.mark.slow
