@@ -95,7 +95,9 @@ def test_frequencies_that_old_versions_saved_are_accounted_for(tmp_path: Path, c
 def test_a_conversion_is_the_same_as_one_of_a_conversion(tmp_path: Path, folder: Path, convert: Convert) -> None:
     assert convert("from-hf", folder, tmp_path / "ours", "--no-verify")[0] == 0
     assert convert("to-hf", tmp_path / "ours", tmp_path / "hf", "--no-verify", "--max-shard-size", "40KB")[0] == 0
-    assert (tmp_path / "hf" / "SHA256SUMS").read_text() == (folder / "SHA256SUMS").read_text()
+    sums = [(path / "SHA256SUMS").read_text().splitlines() for path in (tmp_path / "hf", folder)]
+    ours, first = ([line for line in lines if line.endswith(".safetensors")] for lines in sums)
+    assert ours == first and len(ours) > 1
     assert convert("from-hf", tmp_path / "hf", tmp_path / "again", "--no-verify")[0] == 0
     assert_same_weights(tmp_path / "ours", tmp_path / "again")
 
