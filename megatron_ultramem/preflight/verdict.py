@@ -6,9 +6,11 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_ultramem.preflight.report import GroupRate, RankReport
 
+Key = TypeVar("Key")
 _RATES: dict[str, tuple[str, str]] = {  # attribute: (name, unit)
     "matmul_tflops": ("matrix products", "TFLOP/s"),
     "copy_gb_s": ("copies on the device", "GB/s"),
@@ -115,13 +117,9 @@ def _slow_ranks(reports: Sequence[RankReport], limits: Limits) -> Iterator[Probl
     for attribute, (name, unit) in _RATES.items():
         for host, ranks in by_host(reports).items():
             rates = {report.rank: rate for report in ranks if (rate := getattr(report, attribute)) is not None}
-            if len(rates) < 2:
-                continue
-            median = statistics.median(rates.values())
-            for rank, rate in rates.items():
-                if rate < (1 - _tolerance(attribute, limits)) * median:
-                    share = f"{rate / median:.0%} of its host's median of {median:.4g}"
-                    yield Problem((host,), f"rank {rank}: {name} at {rate:.4g} {unit}, {share}")
+            for rank, rate, median in _short(rates, _tolerance(attribute, limits)):
+                share = f"{rate / median:.0%} of its host's median of {median:.4g}"
+                yield Problem((host,), f"rank {rank}: {name} at {rate:.4g} {unit}, {share}")
 
 
 def _slow_hosts(reports: Sequence[RankReport], limits: Limits) -> Iterator[Problem]:
@@ -132,13 +130,19 @@ def _slow_hosts(reports: Sequence[RankReport], limits: Limits) -> Iterator[Probl
             rates = [rate for report in ranks if (rate := getattr(report, attribute)) is not None]
             if rates:
                 medians[host] = statistics.median(rates)
-        if len(medians) < 2:
-            continue
-        usual = statistics.median(medians.values())
-        for host, rate in medians.items():
-            if rate < (1 - _tolerance(attribute, limits)) * usual:
-                share = f"{rate / usual:.0%} of the hosts' median of {usual:.4g}"
-                yield Problem((host,), f"all of it: {name} at {rate:.4g} {unit}, {share}")
+        for host, rate, median in _short(medians, _tolerance(attribute, limits)):
+            share = f"{rate / median:.0%} of the hosts' median of {median:.4g}"
+            yield Problem((host,), f"all of it: {name} at {rate:.4g} {unit}, {share}")
+
+
+def _short(rates: Mapping[Key, float], tolerance: float) -> Iterator[tuple[Key, float, float]]:
+    """(key, rate, median) of the rates that fall short of the median of them all."""
+    if not rates:
+        return
+    median = statistics.median(rates.values())
+    for key, rate in rates.items():
+        if rate < (1 - tolerance) * median:
+            yield key, rate, median
 
 
 def _slow_groups(reports: Sequence[RankReport], tolerance: float) -> Iterator[Problem]:
