@@ -24,6 +24,10 @@ WIDE = ["model.hidden_size=128", "model.head_dim=64", "model.num_attention_heads
         "model.max_sequence_length=128", "data.sequence_length=128"]  # fmt: skip
 
 
+# Every row for every token: no choice that bf16's round-off could turn.
+EVERY_ROW = ["model.memory.num_keys=4", "model.memory.top_m=16"]
+
+
 @pytest.fixture(scope="module")
 def run(gpus: WorkerPool, small_run: list[str]) -> Any:  # noqa: F811
     """Trains under some settings and returns the ranks' results; one-rank runs are remembered."""
@@ -68,6 +72,29 @@ def test_transformer_engine_on_two_gpus_equals_one(run: Any, layout: list[str]) 
     for result in run(2, *MODELS["block"], *WIDE, TE, BF16, *layout):
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=3e-3)
         np.testing.assert_allclose(result["grad_norms"], one["grad_norms"], rtol=5e-2)
+
+
+@two_gpus
+@pytest.mark.parametrize("layout", [["parallel.context_parallel_size=2"], [TP2], [PP2]], ids=" ".join)
+def test_every_gradient_with_transformer_engine_on_two_gpus_is_that_of_one(run: Any, layout: list[str]) -> None:
+    """No farther from an fp32 run than twice what one GPU in bf16 is; updated parameters too."""
+    model = [*MODELS["block"], *WIDE, *EVERY_ROW]
+    (exact,), (one,) = run(1, *model, LOCAL), run(1, *model, TE, BF16)
+    results = run(2, *model, TE, BF16, *layout)
+    for what in ("grads", "params"):
+        expected, rounded = assemble([exact[what]]), assemble([one[what]])
+        actual = assemble([result[what] for result in results])
+        assert actual.keys() == expected.keys()
+        for key, wanted in expected.items():
+            round_off, difference = _distance(rounded[key], wanted), _distance(actual[key], wanted)
+            print(f"{what} {key}: {round_off:.4f} on one, {difference:.4f} on two")
+            assert round_off < 0.25, f"{what} of {key}: bf16 differs by {round_off:.1%}: nothing to compare with"
+            assert difference <= 2 * round_off + 1e-3, f"{what} of {key}: {difference:.2%}, on one GPU {round_off:.2%}"
+
+
+def _distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The length of the difference as a part of the length of what is expected."""
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-12))
 
 
 @pytest.mark.parametrize("model", ["block", "moe_memory_dense"])
