@@ -101,7 +101,8 @@ def _run_under_faults(
             done = strike(job, fault, disk)
             last_strike = time.monotonic()
             outcome.faults.append((fault, done))
-            unrecovered.append((fault.kind, last_strike, furthest))
+            # Beyond the step that may have been under way, and finished, when it struck.
+            unrecovered.append((fault.kind, last_strike, max(furthest, job.step()) + 1))
             say(f"[{len(outcome.faults)}/{len(plans)}] step {furthest}: {fault.kind}: {done}")
         time.sleep(POLL_SECONDS)
     outcome.launches = job.starts
