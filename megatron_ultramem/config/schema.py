@@ -352,6 +352,15 @@ class OptimizerConfig:
         None, "Fixed learning rate of value tables, instead of those two (Memory+: 1e-3).", above=0
     )
     value_weight_decay: Optional[float] = setting(None, "Weight decay of value tables; null: weight_decay.", minimum=0)
+    value_offload: str = setting(
+        "none",
+        "Keep fp32 master weights and Adam moments of value tables in host memory and update them there, by "
+        "DeepSpeed's CPU Adam (extra `deepspeed`) or torch's; auto: DeepSpeed's where it is installed and compiles.",
+        choices=("none", "auto", "deepspeed", "torch"),
+    )
+    offload_threads: Optional[int] = setting(
+        None, "Threads of that update on a rank; null: the machine's cores, shared among its ranks.", minimum=1
+    )
 
 
 @dataclass

@@ -255,6 +255,13 @@ def _validate_rest(config: Config) -> None:
             f"optimizer.value_lr_times = {o.value_lr_times} would be ignored with optimizer.value_lr = {o.value_lr}; "
             "legal: 1, or value_lr = null"
         )
+    if o.value_offload != "none" and not parse_layers(
+        config.model.memory.layers, config.model.num_layers, "model.memory.layers"
+    ):
+        raise ConfigError(
+            f"optimizer.value_offload = {o.value_offload} without memory layers (model.memory.layers = none) would be "
+            "ignored; legal: none"
+        )
     decay_steps = s.decay_steps or config.train.steps
     if s.kind != "constant" and s.warmup_steps >= decay_steps:
         raise ConfigError(

@@ -98,6 +98,7 @@ class MemoryLayer(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised FFN input [T, h] or [S, B, h] -> what is added to the residual stream, of the same shape."""
+        self.table.settle()
         if self.graph is not None and self.graph.takes(x):
             return self.graph.run(x)
         x_TH, kept = x.reshape(-1, x.shape[-1]), Kept()

@@ -25,6 +25,7 @@ def memory_health(layer: MemoryLayer, x_TH: torch.Tensor) -> dict[str, torch.Ten
     """
     rows_TM, scores_TMC = layer.retrieve(x_TH)
     _, counts = layer.physical(rows_TM).unique(return_counts=True)
+    layer.table.settle()
     usage = counts.float() / rows_TM.numel()
     seen = min(layer.pool.virtual_rows, layer.pool.rows)
     by_head_THMC = scores_TMC.float().unflatten(1, (layer.config.num_heads, -1))

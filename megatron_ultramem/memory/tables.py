@@ -52,6 +52,7 @@ class ValuePool(nn.Module):
     Attributes:
         shards: by name of the table, the part that this rank holds.
         num_users: layers that look up in this pool; each has one backward per microbatch.
+        settle_update: waits until the tables hold what the last optimizer step made of them; None: they always do.
         grad_ready: called with each table that has a `main_grad`, once per microbatch, when all users' backwards are
             done.
     """
@@ -80,6 +81,7 @@ class ValuePool(nn.Module):
         self.pool = pool
         self.num_users = len(pool.layers)
         self.grad_ready: Callable[[nn.Parameter], None] | None = None
+        self.settle_update: Callable[[], None] | None = None
         self._backwards = 0
         stds = table_stds(
             config,
@@ -126,6 +128,11 @@ class ValuePool(nn.Module):
             self.values.new_empty(len(self.values), 0) if pre_values is None else pre_values,
             after_backward=self.count_backward,
         )
+
+    def settle(self) -> None:
+        """Waits for an update of the tables that may be under way; before they are read."""
+        if self.settle_update is not None:
+            self.settle_update()
 
     def reset_grad_count(self) -> None:
         """Forgets backwards of a microbatch that was not finished (after an error)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -61,7 +62,7 @@ def memory_layers(chunks: list[GPTModel]) -> list[MemoryLayer]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, MemoryLayer)]
 
 
-def value_pools(chunks: list[GPTModel]) -> list[ValuePool]:
+def value_pools(chunks: Sequence[torch.nn.Module]) -> list[ValuePool]:
     """The value pools on this rank."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, ValuePool)]
 

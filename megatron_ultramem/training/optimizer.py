@@ -23,8 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.compat import install_adam_checkpoint_fix
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.model.build import value_pools
 from megatron_ultramem.model.transformer_config import dtype_of
 from megatron_ultramem.training.memory_hooks import MemoryHooks
+from megatron_ultramem.training.offload import offload_tables
 
 
 def wrap_chunks(
@@ -50,7 +52,10 @@ def wrap_chunks(
 
 @contextmanager
 def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """With overlapped parameter gathers, waits for them and keeps their hooks out of what is not a training step."""
+    """Waits for parameters that are still on their way: gathered while the next forward pass runs, whose hooks it keeps
+    out of what is not a training step, or updated by the host."""
+    for pool in value_pools(chunks):
+        pool.settle()
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()
@@ -91,6 +96,7 @@ def build_optimizer(
         "end_wd": value_decay,
     }
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
+    optimizer = offload_tables(config, optimizer, chunks)
     return optimizer, _build_scheduler(config, optimizer)
 
 

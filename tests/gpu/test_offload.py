@@ -1,0 +1,90 @@
+"""The value tables' optimizer in host memory, on a GPU: the same training, with less memory of the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.offload import OffloadingOptimizer
+from megatron_ultramem.training.optimizer import whole_parameters
+from megatron_ultramem.training.setup import set_up
+from tests.distributed.conftest import corpus, small_run  # noqa: F401
+from tests.distributed.workers import WorkerPool
+
+pytestmark = pytest.mark.gpu
+STEPS = 4
+BACKENDS = ["torch", "deepspeed"]
+WIDE = ["model.memory.num_keys=200", "model.memory.value_dim=64", "model.memory.pre_value_dim=64"]
+
+
+def train(overrides: list[str]) -> dict[str, Any]:
+    """Losses, the tables of this rank, and the memory that the optimizer takes of the GPU in all."""
+    run = set_up(load_config(None, overrides))
+    losses = [train_step(run)["loss"] for _ in range(STEPS)]
+    with whole_parameters(run.chunks):
+        tables = {
+            name: param.detach().float().cpu().numpy()
+            for name, param in run.model[0].named_parameters()
+            if getattr(param, "is_value_table", False)
+        }
+    torch.cuda.synchronize()
+    offloaded = isinstance(run.optimizer, OffloadingOptimizer)
+    return {"losses": losses, "tables": tables, "offloaded": offloaded, "bytes": torch.cuda.memory_allocated()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_it_trains_as_on_the_device_and_frees_the_state(
+    gpus: WorkerPool,
+    small_run: list[str],  # noqa: F811
+    backend: str,
+    precision: str,
+    distributed: str,
+) -> None:
+    if backend == "deepspeed":
+        pytest.importorskip("deepspeed")
+    settings = [*small_run, *WIDE, f"train.precision={precision}", f"parallel.distributed_optimizer={distributed}"]
+    (on_device,) = gpus.run(1, train, settings)
+    (on_host,) = gpus.run(1, train, [*settings, f"optimizer.value_offload={backend}"])
+    assert on_host["offloaded"] and not on_device["offloaded"]
+    tolerance = 1e-2 if precision == "bf16" else 1e-4
+    np.testing.assert_allclose(on_host["losses"], on_device["losses"], rtol=tolerance)
+    elements = 0
+    for name, wanted in on_device["tables"].items():
+        elements += wanted.size
+        worst = np.abs(on_host["tables"][name] - wanted).max()
+        assert worst <= tolerance * np.abs(wanted).max(), f"{name} differs by {worst}"
+    # Two moments of four bytes, and the master weights that bf16 has.
+    state = (12 if precision == "bf16" else 8) * elements
+    assert on_device["bytes"] - on_host["bytes"] > 0.9 * state
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_overlap_changes_no_bit_on_a_gpu(gpus: WorkerPool, small_run: list[str], precision: str) -> None:  # noqa: F811
+    settings = [*small_run, *WIDE, "optimizer.value_offload=torch", f"train.precision={precision}"]
+    settings += ["train.deterministic=true"]
+    (overlapped,), (waiting,) = (gpus.run(1, train_waiting, settings, wait) for wait in (False, True))
+    assert overlapped["losses"] == waiting["losses"]
+    for name, wanted in waiting["tables"].items():
+        np.testing.assert_array_equal(overlapped["tables"][name], wanted, err_msg=name)
+
+
+def train_waiting(overrides: list[str], wait: bool) -> dict[str, Any]:
+    """`train` with, or without, waiting for the host at the end of every step."""
+    run = set_up(load_config(None, overrides))
+    assert isinstance(run.optimizer, OffloadingOptimizer)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(train_step(run)["loss"])
+        if wait:
+            run.optimizer.settle(run.optimizer.tables)
+            torch.cuda.synchronize()
+    with whole_parameters(run.chunks):
+        tables = {t: table.values.float().cpu().numpy() for t, table in enumerate(run.optimizer.tables)}
+    return {"losses": losses, "tables": tables}
