@@ -84,7 +84,16 @@ def restore_rng(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states({**tracker.get_states(), **_shared(state["tracker"])})
+
+
+def _shared(states: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's generators without that of expert parameters: it differs between the ranks that share a state, and
+    nothing is drawn from it (parameters have generators of their own)."""
+    return {
+        name: value for name, value in states.items() if name != tensor_parallel.get_expert_parallel_rng_tracker_name()
+    }
 
 
 def _rng_state() -> ShardedObject:
@@ -99,7 +108,7 @@ def _rng_state() -> ShardedObject:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": _shared(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
     return ShardedObject(
         "rng", state, shape, (pp, tp), replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True)

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         2,
         [PP2, "model.num_layers=8", "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true"],
     ),
+    "memory_parallel": (2, ["parallel.memory_parallel_size=2", "parallel.memory_placement=rows"]),
     "ramp_up": (1, ["train.rampup_batch_size=[4,2,12]"]),
     "async_ramp_up": (2, ["checkpoint.async_save=true", "train.rampup_batch_size=[4,2,12]"]),
     "bf16": (2, ["train.precision=bf16"]),
@@ -66,7 +67,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }
-FAST = {"pp2", "tp2", "async_ramp_up"}
+FAST = {"pp2", "tp2", "memory_parallel", "async_ramp_up"}
 
 
 @pytest.mark.parametrize(
