@@ -45,6 +45,18 @@ __device__ __forceinline__ uint4 pack8(const float* wide) {
     return make_uint4(pack(wide[0], wide[1]), pack(wide[2], wide[3]), pack(wide[4], wide[5]), pack(wide[6], wide[7]));
 }
 
+// 8 neighbouring numbers of either type; `from` and `to` are multiples of 16 bytes.
+__device__ __forceinline__ void load8(const float* from, float* wide) {
+    const float4 a = *(const float4*)from, b = *(const float4*)(from + 4);
+    wide[0] = a.x, wide[1] = a.y, wide[2] = a.z, wide[3] = a.w, wide[4] = b.x, wide[5] = b.y, wide[6] = b.z, wide[7] = b.w;
+}
+__device__ __forceinline__ void load8(const half_t* from, float* wide) { unpack(*(const uint4*)from, wide); }
+__device__ __forceinline__ void store8(float* to, const float* wide) {
+    *(float4*)to = make_float4(wide[0], wide[1], wide[2], wide[3]);
+    *(float4*)(to + 4) = make_float4(wide[4], wide[5], wide[6], wide[7]);
+}
+__device__ __forceinline__ void store8(half_t* to, const float* wide) { *(uint4*)to = pack8(wide); }
+
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(half_t x) { return low_half(x); }
 __device__ __forceinline__ void put(float* to, float x) { *to = x; }

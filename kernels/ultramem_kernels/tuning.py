@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from ultramem_kernels.settings import settings
 from ultramem_kernels.tiles import next_power_of_two
+from ultramem_kernels.timing import eager_ms
 
 VERSION = 1  # of the implementations: raise it when timings of old ones no longer hold
 WARM_UP, REPEATS = 2, 5
@@ -81,9 +81,13 @@ def choose(
     key = device, settings.cache_folder
     tuner = _tuners.get(key)
     if tuner is None:
-        tuner = _tuners[key] = Tuner(settings.folder() / file_name(device), time_on_gpu)
+        tuner = _tuners[key] = Tuner(settings.folder() / file_name(device), _time_ms)
     measure = settings.autotune and not torch.cuda.is_current_stream_capturing()
     return tuner.choose(operation, shape, names, run, measure)
+
+
+def _time_ms(call: Callable[[], object]) -> float:
+    return eager_ms(call, REPEATS, WARM_UP)
 
 
 def file_name(device: torch.device) -> str:
@@ -92,21 +96,6 @@ def file_name(device: torch.device) -> str:
     return (
         "tuned_" + "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in part) for part in parts) + ".json"
     )
-
-
-def time_on_gpu(call: Callable[[], object]) -> float:
-    """Median milliseconds of a call on the current stream."""
-    for _ in range(WARM_UP):
-        call()
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ coarse(const side_t* side, const float* leading, int* candidates, int T, int N, 
         if (first < N) {
 #pragma unroll
             for (int r = 0; r < R; r++) {
-                read8(row + r * stride_rank + first, part);
+                load8(row + r * stride_rank + first, part);
 #pragma unroll
                 for (int e = 0; e < 8; e++) total[e] += factor[r] * part[e];
             }

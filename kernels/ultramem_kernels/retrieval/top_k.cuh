@@ -16,19 +16,6 @@ typedef float side_t;
 typedef half_t side_t;
 #endif
 
-// 8 neighbouring side scores; `from` is a multiple of 16 bytes.
-__device__ __forceinline__ void read8(const side_t* from, float* wide) {
-#if WIDE
-    const float4 a = *(const float4*)from, b = *(const float4*)(from + 4);
-    wide[0] = a.x, wide[1] = a.y, wide[2] = a.z, wide[3] = a.w, wide[4] = b.x, wide[5] = b.y, wide[6] = b.z, wide[7] = b.w;
-#else
-    const uint4 packed = *(const uint4*)from;
-    const unsigned int words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) wide[2 * i] = low_half(words[i]), wide[2 * i + 1] = high_half(words[i]);
-#endif
-}
-
 // int32 with the order of a float; above SMALLEST for every number.
 __device__ __forceinline__ int order_key(float x) {
     const int bits = __float_as_int(x);

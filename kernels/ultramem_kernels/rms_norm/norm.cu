@@ -14,29 +14,6 @@ typedef float data_t;
 typedef half_t data_t;
 #endif
 
-// 8 neighbouring numbers; `from` and `to` are multiples of 16 bytes.
-__device__ __forceinline__ void load8(const data_t* from, float* wide) {
-#if WIDE
-    const float4 a = *(const float4*)from, b = *(const float4*)(from + 4);
-    wide[0] = a.x, wide[1] = a.y, wide[2] = a.z, wide[3] = a.w, wide[4] = b.x, wide[5] = b.y, wide[6] = b.z, wide[7] = b.w;
-#else
-    const uint4 packed = *(const uint4*)from;
-    const unsigned int words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) wide[2 * i] = low_half(words[i]), wide[2 * i + 1] = high_half(words[i]);
-#endif
-}
-
-__device__ __forceinline__ void store8(data_t* to, const float* wide) {
-#if WIDE
-    *(float4*)to = make_float4(wide[0], wide[1], wide[2], wide[3]);
-    *(float4*)(to + 4) = make_float4(wide[4], wide[5], wide[6], wide[7]);
-#else
-    *(uint4*)to =
-        make_uint4(pack(wide[0], wide[1]), pack(wide[2], wide[3]), pack(wide[4], wide[5]), pack(wide[6], wide[7]));
-#endif
-}
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(FULL, x, distance);

@@ -1,0 +1,1 @@
+"""What `tools/bench_kernels.py` measures: shapes, cases, floors counted from bytes and FLOPs, correctness gates."""
