@@ -16,13 +16,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from megatron_ultramem.checkpoints_convert.checkpoint_target import Import, write_model
+from megatron_ultramem.checkpoints_convert.links import renamed
 from megatron_ultramem.checkpoints_convert.megatron_reader import CheckpointReader
-from megatron_ultramem.checkpoints_convert.tensors import Made, TensorInfo, row_blocks
+from megatron_ultramem.checkpoints_convert.tensors import TensorInfo, make, row_blocks
 from megatron_ultramem.checkpoints_convert.tokenizer_files import Found
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
@@ -129,20 +131,26 @@ def vocabulary(config: Config) -> int:
     return config.model.vocab_size or build_tokenizer(config.data.tokenizer).vocab_size
 
 
+class RandomTensors:
+    """A source of random numbers, the same at every reading."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of a tensor; every range has numbers of its own."""
+        info = self.tensors[name]
+        block = torch.empty(((info.shape[0] if stop is None else stop) - start, *info.shape[1:]), dtype=info.dtype)
+        return fill_(block, Normal(0.02), 0, f"{name}/{start}")
+
+
 def fill_checkpoint(config: Config, tensors: dict[str, TensorInfo], folder: Path) -> None:
     """Writes random numbers, a block at a time."""
-
-    def made(name: str, info: TensorInfo) -> Made:
-        def rows(start: int, stop: int) -> torch.Tensor:
-            block = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-            return fill_(block, Normal(0.02), 0, f"{name}/{start}")
-
-        return Made(name, info, rows)
-
     folder.mkdir()
     found = Found(config.data.tokenizer, None, build_tokenizer(config.data.tokenizer))
-    source = Import(config, vocabulary(config), found, None, ())
-    write_model(folder, source, [made(name, info) for name, info in tensors.items()], lambda nbytes: None)
+    recipes = [renamed(name, name, info.shape) for name, info in tensors.items()]
+    source = Import(config, vocabulary(config), found, RandomTensors(tensors), recipes)
+    write_model(folder, source, [make(recipe, source.reader) for recipe in recipes], lambda nbytes: None)
 
 
 def run_convert(direction: str, source: Path, target: Path) -> tuple[float, int]:

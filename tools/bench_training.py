@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -24,6 +25,9 @@ from megatron_ultramem.errors import UserError
 from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.results import Row, write_results
+
+if TYPE_CHECKING:
+    from megatron_ultramem.training.setup import Run
 
 MICRO_BATCHES = 8  # per measured optimizer step
 MEASURED_STEPS = 5
@@ -109,7 +113,7 @@ def measure(config: Config, case: str, steps: int) -> list[Row]:
     return rows if is_main else []
 
 
-def _flops_per_token(run) -> float:
+def _flops_per_token(run: Run) -> float:
     from megatron_ultramem.planning.flops import flops_per_token
 
     config = run.config
