@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import parse_layers
+from megatron_ultramem.memory.kinds import tucker_penalty
 from megatron_ultramem.parallel.cost_model import choose
 
 KINDS = ("ultramem_v2",)
@@ -18,6 +19,10 @@ def validate_cuda_graphs(config: Config) -> None:
         return
     if not parse_layers(m.memory.layers, m.num_layers, "model.memory.layers"):
         raise _refusal("model.memory.layers", m.memory.layers, "at least one layer")
+    if tucker_penalty(m.memory) > 0 and m.memory.tucker_rank > 2:  # its singular values are not cuSOLVER's up to 2 x 2
+        raise _refusal(
+            "model.memory.tucker_penalty_coeff", tucker_penalty(m.memory), "0, or model.memory.tucker_rank = 2"
+        )
     for name, value, legal in (
         ("model.memory.kind", m.memory.kind, KINDS),
         ("model.memory.recompute", m.memory.recompute, (False,)),

@@ -86,5 +86,15 @@ def tucker_penalty(cores_HCRR: torch.Tensor, threshold: float) -> torch.Tensor:
     """1/(R-1) * sum over heads and i >= 2 of max(0, lambda_i - threshold)^2, with lambda the singular values of the
     summed cores (UltraMem, arXiv 2411.12364): it keeps the coarse pass, which sees lambda_1 alone, faithful."""
     summed_HRR = cores_HCRR.to(accumulation_dtype(cores_HCRR.dtype)).sum(1)
-    others_HR = torch.linalg.svdvals(summed_HRR)[:, 1:]
+    others_HR = (_two_singular_values if summed_HRR.shape[-1] == 2 else torch.linalg.svdvals)(summed_HRR)[:, 1:]
     return (others_HR - threshold).clamp_min(0).square().sum() / (cores_HCRR.shape[-1] - 1)
+
+
+def _two_singular_values(matrix_HRR: torch.Tensor) -> torch.Tensor:
+    """Both singular values of 2 x 2 matrices, written out: cuSOLVER's cannot be recorded in a CUDA graph. The matrix is
+    a rotation times p plus a reflection times q, so that its singular values are p + q and |p - q|."""
+    (a, b), (c, d) = (row.unbind(-1) for row in matrix_HRR.unbind(-2))
+    tiny = torch.finfo(matrix_HRR.dtype).tiny  # p's gradient at 0 is 0, as svdvals has none there
+    p = ((a + d).square() + (b - c).square() + tiny).sqrt() / 2
+    q = ((a - d).square() + (b + c).square() + tiny).sqrt() / 2
+    return torch.stack([p + q, (p - q).abs()], dim=-1)

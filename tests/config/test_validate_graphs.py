@@ -23,6 +23,11 @@ def test_static_placements_can_be_recorded(layout: list[str]) -> None:
     [
         ("model.memory.layers=none", [], "model.memory.layers = none"),
         ("model.memory.kind=memory_plus", [], "model.memory.kind = memory_plus; legal: ultramem_v2"),
+        (
+            "model.memory.tucker_penalty_coeff=0.1",
+            ["model.memory.tucker_rank=3"],
+            "model.memory.tucker_penalty_coeff = 0.1; legal: 0, or model.memory.tucker_rank = 2",
+        ),
         ("model.memory.recompute=true", [], "model.memory.recompute = true; legal: false"),
         ("train.recompute=full", [], "train.recompute = full; legal: none or selective"),
         ("parallel.pipeline_parallel_size=2", [], "parallel.pipeline_parallel_size = 2; legal: 1"),

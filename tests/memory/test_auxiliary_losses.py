@@ -74,9 +74,20 @@ def test_tucker_penalty_equals_its_definition() -> None:
     assert tucker_penalty(three, 0.15).item() == pytest.approx((1.0 + 0.25) / 2)
 
 
-def test_tucker_penalty_gradients() -> None:
-    cores = torch.rand(2, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+@pytest.mark.parametrize("R", [2, 3])
+def test_tucker_penalty_gradients(R: int) -> None:
+    cores = torch.rand(2, 2, R, R, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda c: tucker_penalty(c, 0.05), cores.requires_grad_())
+
+
+def test_tucker_penalty_of_rank_2_equals_that_by_a_singular_value_decomposition() -> None:
+    cores = torch.randn(5, 2, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    cores[3] = torch.diag(torch.tensor([1.0, 1.0]))  # equal singular values
+    cores[4, :, 1] = 0.0  # rank one
+    lesser = torch.linalg.svdvals(cores.sum(1))[:, 1]
+    torch.testing.assert_close(tucker_penalty(cores, 0.15), (lesser - 0.15).clamp_min(0).square().sum())
+    (gradient,) = torch.autograd.grad(tucker_penalty(cores.requires_grad_(), 0.15), cores)
+    assert torch.isfinite(gradient).all()
 
 
 def test_the_attached_loss_gets_the_scale_as_its_gradient() -> None:
