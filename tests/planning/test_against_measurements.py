@@ -46,6 +46,7 @@ GRAPHS = "train.cuda_graphs=memory"
     [
         ("too_large_for_one", ["model.memory.num_keys=1130", *COLUMNS]),
         ("replicated_graphs", [GRAPHS]),
+        ("columns_graphs", [GRAPHS, *COLUMNS[:2]]),
         ("columns_overlap_graphs", [GRAPHS, *COLUMNS]),
     ],
 )
