@@ -49,6 +49,7 @@ CASES = {
     "rows_static_overlap": ["rows", BESIDE_FFN, "parallel.exchange_capacity=1.25"],
     "columns": ["columns"],
     "columns_overlap": ["columns", BESIDE_FFN],
+    "rows_graphs": ["rows", GRAPHS, "parallel.exchange_capacity=2"],
     "replicated_graphs": ["replicated", GRAPHS],
     "columns_graphs": ["columns", GRAPHS],
     "columns_overlap_graphs": ["columns", BESIDE_FFN, GRAPHS],

@@ -6,10 +6,10 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import parse_layers
 from megatron_ultramem.memory.kinds import tucker_penalty
-from megatron_ultramem.parallel.cost_model import choose
+from megatron_ultramem.parallel.cost_model import choose, rows_hold_all
 
 KINDS = ("ultramem_v2",)
-PLACEMENTS = ("replicated", "columns")  # whose exchanges have static sizes
+PLACEMENTS = ("replicated", "columns", "rows")  # whose exchanges have static sizes, or can
 
 
 def validate_cuda_graphs(config: Config) -> None:
@@ -23,6 +23,11 @@ def validate_cuda_graphs(config: Config) -> None:
         raise _refusal(
             "model.memory.tucker_penalty_coeff", tucker_penalty(m.memory), "0, or model.memory.tucker_rank = 2"
         )
+    if choose(config).placement == "rows" and not rows_hold_all(config, p.memory_parallel_size):
+        needed = (
+            f"at least parallel.memory_parallel_size = {p.memory_parallel_size} with parallel.memory_placement = rows"
+        )
+        raise _refusal("parallel.exchange_capacity", p.exchange_capacity, needed)
     for name, value, legal in (
         ("model.memory.kind", m.memory.kind, KINDS),
         ("model.memory.recompute", m.memory.recompute, (False,)),

@@ -20,8 +20,10 @@ if TYPE_CHECKING:  # the config package checks its settings with this module: im
     from megatron_ultramem.config.schema import Config
 
 SECTOR_BYTES = 64  # narrower column shards waste what an H100 reads
-# Messages of a forward and a backward; for rows the exchange of sizes, and the host's wait for it, count as two.
+# Messages of a forward and a backward; for rows the exchange of sizes (or of what is left over) and the host's wait
+# for it count as two.
 ROWS_MESSAGES, COLUMNS_MESSAGES, COLUMNS_MESSAGES_WITHOUT_DOTS = 6, 8, 5
+ROWS_MESSAGES_WITHOUT_WAIT = 4  # with room for all rows
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def estimates(config: Config) -> list[Estimate]:
             ranks,
             1,
             *moved,
-            time(sum(moved), near, ROWS_MESSAGES),
+            time(sum(moved), near, rows_messages(config, ranks)),
             _rows_problem(config, ranks),
-            ROWS_MESSAGES,
+            rows_messages(config, ranks),
             queries / tokens,
             static,
         ),
@@ -119,12 +121,24 @@ def estimates(config: Config) -> list[Estimate]:
         across, queries = _by_rows(config, nodes)
         # A rank gets as many queries as it makes.
         within = columns_bytes(replace(w, blocks=1), share, 0, round(queries))
-        total = time(sum(across), 0.0, ROWS_MESSAGES) + time(sum(within), 1.0, by_columns + 1)
+        by_rows = rows_messages(config, nodes)
+        total = time(sum(across), 0.0, by_rows) + time(sum(within), 1.0, by_columns + 1)
         problem = _rows_problem(config, nodes) or _columns_problem(config, share)
         received = across[0] + within[0], across[1] + within[1]
-        messages = ROWS_MESSAGES + by_columns + 1
+        messages = by_rows + by_columns + 1
         found.append(Estimate("two_level", ranks, share, *received, total, problem, messages, queries / tokens, static))
     return found
+
+
+def rows_messages(config: Config, ranks: int) -> int:
+    """Messages of the exchange by rows between `ranks`, forward and backward."""
+    return ROWS_MESSAGES_WITHOUT_WAIT if rows_hold_all(config, ranks) else ROWS_MESSAGES
+
+
+def rows_hold_all(config: Config, ranks: int) -> bool:
+    """Whether parallel.exchange_capacity leaves nothing to a second round, and the host nothing to wait for."""
+    factor = config.parallel.exchange_capacity
+    return factor is not None and Capacity(factor, tokens_per_rank(config)).holds_all(ranks)
 
 
 def _by_rows(config: Config, ranks: int) -> tuple[tuple[int, int], float]:

@@ -8,7 +8,8 @@ stay with their owner. (Reference: section "rows" of the memory-parallel traffic
 A negative row number means no row.
 
 Split sizes depend on the indices: either they are exchanged first (one wait for the device), or `capacity` fixes them,
-and what does not fit goes through a second round, which is skipped where it all fits everywhere.
+and what does not fit goes through a second round, which is skipped where it all fits everywhere (one wait). With room
+for everything there is no second round and no wait, so that a CUDA graph can record it.
 
 Legend: T tokens, M rows a token, C cores, Q query slots, E entry slots (outgoing), Dv and D widths.
 """
@@ -82,6 +83,8 @@ class RowsExchange:
             route = demand.dynamic(self.channel)
         else:
             route, left_TM = demand.static(*self.capacity.slots(shape.top_m, self.channel.ranks))
+            if self.capacity.holds_all(self.channel.ranks):
+                left_TM = None
         payload = local_TM, scores_TMC.to(values.dtype), pre_input_TD.to(values.dtype)
         pooled_TV, tensors, plan = self._forward_round(route, shape, payload, values, pre_values)
         rounds = [plan]

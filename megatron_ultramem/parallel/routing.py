@@ -5,7 +5,8 @@ A *query* is a (token, owner) pair: the token's pre-input, sent once to a rank t
 token; a slot may be empty where sizes are static.
 
 Legend: T tokens, M rows a token, P ranks, Q query slots, E entry slots, C cores. No method waits for the device unless
-it says so.
+it says so, and the static ones pass no number of the host's to the device but as a kernel's argument (as `where` would
+not): CUDA graphs record them.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ class Demand:
 
         slot_PQ = torch.arange(query_slots, device=device).expand(self.ranks, -1)
         token_PQ = torch.searchsorted(query_number_PT, (slot_PQ + 1).contiguous())
-        token_PQ = token_PQ.where(slot_PQ < queries_P1, T)
+        token_PQ = token_PQ.masked_fill(slot_PQ >= queries_P1, T)
         count_PT1 = torch.cat((self.count_PT, self.count_PT.new_zeros(self.ranks, 1)), dim=1)
         slot_PE = torch.arange(entry_slots, device=device).expand(self.ranks, -1)
         start_P1 = (self.entries_P.cumsum(0) - self.entries_P).unsqueeze(1)
         order_E1 = torch.cat((self.order_E, self.order_E.new_full((1,), T * M)))
-        entry_PE = order_E1[(start_P1 + slot_PE).where(slot_PE < entries_P1, T * M)]
+        entry_PE = order_E1[(start_P1 + slot_PE).masked_fill(slot_PE >= entries_P1, T * M)]
         slots = [query_slots] * self.ranks, [entry_slots] * self.ranks
         count_PQ = count_PT1.gather(1, token_PQ)
         route = Route(
@@ -133,10 +134,10 @@ def spread(count_SQ: torch.Tensor, entry_slots: int, width: int) -> tuple[torch.
     start_SQ = end_SQ - count_SQ
     m_M = torch.arange(width, device=device)
     from_SQM = (source_S1 * entry_slots + start_SQ).unsqueeze(-1) + m_M
-    from_QM = from_SQM.where(m_M < count_SQ.unsqueeze(-1), S * entry_slots).view(S * Q, width)
+    from_QM = from_SQM.masked_fill(m_M >= count_SQ.unsqueeze(-1), S * entry_slots).view(S * Q, width)
 
     slot_SE = torch.arange(entry_slots, device=device).expand(S, -1).contiguous()
     query_SE = torch.searchsorted(end_SQ, slot_SE, right=True)
     start_SQ1 = torch.cat((start_SQ, start_SQ.new_zeros(S, 1)), dim=1)
     place_SE = (source_S1 * Q + query_SE) * width + slot_SE - start_SQ1.gather(1, query_SE)
-    return from_QM, place_SE.where(query_SE < Q, S * Q * width).view(-1)
+    return from_QM, place_SE.masked_fill(query_SE >= Q, S * Q * width).view(-1)

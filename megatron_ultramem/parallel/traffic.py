@@ -73,6 +73,10 @@ class Capacity:
     tokens: int
     blocks: int = 1
 
+    def holds_all(self, ranks: int) -> bool:
+        """Whether nothing can be left over, even if one rank owns every row that is wanted."""
+        return self.factor >= ranks
+
     def slots(self, top_m: int, ranks: int) -> tuple[int, int]:
         """(queries, entries) for every pair of ranks."""
         entries = min(self.tokens * top_m, math.ceil(self.factor * self.tokens * top_m / ranks))

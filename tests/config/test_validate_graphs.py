@@ -12,7 +12,14 @@ P2 = "parallel.memory_parallel_size=2"
 
 
 @pytest.mark.parametrize(
-    "layout", [[], [P2, "parallel.memory_placement=columns"], ["train.recompute=selective"]], ids=str
+    "layout",
+    [
+        [],
+        [P2, "parallel.memory_placement=columns"],
+        [P2, "parallel.memory_placement=rows", "parallel.exchange_capacity=2"],
+        ["train.recompute=selective"],
+    ],
+    ids=str,
 )
 def test_static_placements_can_be_recorded(layout: list[str]) -> None:
     assert load_config(None, [GRAPHS, *layout]).train.cuda_graphs == "memory"
@@ -32,7 +39,12 @@ def test_static_placements_can_be_recorded(layout: list[str]) -> None:
         ("train.recompute=full", [], "train.recompute = full; legal: none or selective"),
         ("parallel.pipeline_parallel_size=2", [], "parallel.pipeline_parallel_size = 2; legal: 1"),
         ("parallel.overlap_param_gather=true", ["parallel.overlap_grad_reduce=true"], "overlap_param_gather = true"),
-        ("parallel.memory_placement=rows", [P2], "parallel.memory_placement = rows; legal: replicated or columns"),
+        ("parallel.memory_placement=rows", [P2], "parallel.exchange_capacity = none; legal: at least"),
+        (
+            "parallel.memory_placement=rows",
+            [P2, "parallel.exchange_capacity=1.5"],
+            "parallel.exchange_capacity = 1.5; legal: at least parallel.memory_parallel_size = 2",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(setting: str, more: list[str], said: str) -> None:

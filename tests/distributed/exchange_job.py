@@ -108,6 +108,7 @@ def exchange(case: Case, device: torch.device) -> dict[str, Any]:
         "tables": [table.main_grad.cpu() for table in tables],
         "shards": shards,
         "bytes": (forward["forward"], placement.traffic.received["backward"]),
+        "messages": tuple(placement.traffic.messages.values()),
         "untouched": forward["backward"] == 0 and placement.traffic.received["forward"] == forward["forward"],
         "table_grads": [table.grad for table in tables],
     }

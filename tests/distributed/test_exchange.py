@@ -36,6 +36,7 @@ CASES = {
     "rows-static-gaps-overflow": Case("rows", (9, 8), "gaps", capacity=0.5, memory=EXPANDED),
     "rows-static": Case("rows", (6, 6), capacity=2.0),
     "rows-static-overflow": Case("rows", (6, 6), capacity=0.5),
+    "rows-static-one-row-room-for-all": Case("rows", (6, 4), "one_row", capacity=2.0),
     "rows-static-one-row": Case("rows", (6, 6), "one_row", capacity=1.0),
     "rows-static-uneven": Case("rows", (6, 2), capacity=1.0),
     "rows-static-no-tokens-on-a-rank": Case("rows", (6, 0), capacity=1.2),
@@ -151,6 +152,7 @@ def test_bytes_of_static_rows_equal_the_formula_for_the_capacity(pool: WorkerPoo
     for result in pool.run(2, exchange_job, case):
         expected = rows_bytes(widths(case), [queries], [entries], [queries], [entries], dynamic=False)
         assert result["bytes"] == expected
+        assert result["messages"] == (2, 2)  # and nothing to agree on
 
 
 def widths(case: Case) -> Widths:

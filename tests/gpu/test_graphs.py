@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
-from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2
+from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC
 from tests.distributed.workers import WorkerPool
 from tests.gpu.graph_job import graph_job
 from tests.gpu.test_memory_parallel import BESIDE_FFN
@@ -20,6 +20,8 @@ STEPS = 4
 SETTINGS = {
     "one_gpu": (1, []),
     "one_gpu_auxiliary_losses": (1, ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1"]),
+    "rows": (2, [P2, ROWS, f"{STATIC}=2"]),
+    "rows_overlap": (2, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "columns": (2, [P2, COLUMNS]),
     "columns_overlap": (2, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
 }
