@@ -414,6 +414,12 @@ class TrainConfig:
     )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)
     eval_steps: int = setting(10, "Global batches per evaluation; 0: no evaluation.", minimum=0)
+    minutes: Optional[float] = setting(
+        None,
+        "End after so many minutes (from the end of the first step), or at `steps`: the final decay of schedule.kind = "
+        "wsd begins in time. null: no limit.",
+        above=0,
+    )
     exit_after_steps: Optional[int] = setting(
         None,
         "Stop (with a checkpoint) after this many steps of this launch; the schedule still follows `steps`.",

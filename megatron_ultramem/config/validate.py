@@ -273,6 +273,8 @@ def _validate_rest(config: Config) -> None:
             f"schedule.wsd_decay_steps = {s.wsd_decay_steps} ({wsd_decay_steps} steps): legal: at most the "
             f"{decay_steps - s.warmup_steps} steps after the warm-up"
         )
+    if config.train.minutes is not None:
+        _validate_minutes(config)
     per_split = d.train_paths or d.valid_paths or d.test_paths
     if d.paths and per_split:
         raise ConfigError("data.paths and data.train_paths/valid_paths/test_paths are both set; legal: one of the two")
@@ -289,3 +291,15 @@ def _validate_rest(config: Config) -> None:
         raise ConfigError(f"data.tokenizer.path = {d.tokenizer.path!r} would be ignored by kind byte; legal: null")
     if d.tokenizer.kind != "byte" and not d.tokenizer.path:
         raise ConfigError(f"data.tokenizer.path = null: kind {d.tokenizer.kind} needs a file")
+
+
+def _validate_minutes(config: Config) -> None:
+    """A run by the clock decides on the way when it decays: nothing that is resumed could know."""
+    for name, value, legal in (
+        ("schedule.kind", config.schedule.kind, "wsd"),
+        ("checkpoint.load", config.checkpoint.load, "none"),
+        ("checkpoint.interval", config.checkpoint.interval, 0),
+        ("train.exit_after_steps", config.train.exit_after_steps, None),
+    ):
+        if value != legal:
+            raise ConfigError(f"train.minutes = {config.train.minutes} with {name} = {value}; legal: {legal}")

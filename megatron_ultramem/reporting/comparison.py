@@ -1,7 +1,7 @@
 """Compares recipes that were trained on the same data: one table and one figure.
 
-A recipe is one or several runs that differ in their seed. Curves are those of training, against tokens, against FLOPs
-(tokens times the training FLOPs of a token) and against the time that training steps took.
+A recipe is one or several runs that differ in their seed. Curves are those of training and validation, against tokens,
+FLOPs (tokens times the training FLOPs of a token) and the time that training steps took.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ LAST_SHARE = 0.1  # of the training losses, for a final loss that is less noisy 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: training loss (nats per token) at tokens, FLOPs and seconds of training."""
+    """One run: training and validation loss (nats per token; NaN where it was not evaluated) at tokens, FLOPs and
+    seconds of training."""
 
     tokens: list[float]
     flops: list[float]
     seconds: list[float]
     loss: list[float]
+    valid_loss: list[float]
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,25 @@ def summarise(name: str, runs: Sequence[Run], vocab_size: int) -> Summary:
 
 
 def curve(run: Run, vocab_size: int) -> Curve:
-    """The training curve of a run; the time of the first step, which compiles, is taken as that of the next ones."""
+    """The curve of a run. A step whose time was not logged takes as long as those before it, and the first, which
+    compiles, as long as the next ones."""
     config = run.config
     assert config is not None
     flops = flops_per_token(config.model, vocab_size, config.data.sequence_length).training
     loss = run.metrics["loss"]
     tokens = _at(run.metrics["tokens"])
     step_time = _at(run.metrics["step_time_s"])
-    first = step_time[min(step_time)]
+    valid_loss = _at(run.metrics["valid_loss"]) if "valid_loss" in run.metrics else {}
+    own = step_time[min(step_time)]
     seconds, elapsed, before = [], 0.0, 0
     for step in loss.steps:
-        elapsed += (step - before) * step_time.get(step, first)
+        own = step_time.get(step, own)
+        elapsed += (step - before) * own
         before = step
         seconds.append(elapsed)
     at_steps = [tokens[step] for step in loss.steps]
-    return Curve(at_steps, [flops * number for number in at_steps], seconds, loss.values)
+    valid = [valid_loss.get(step, math.nan) for step in loss.steps]
+    return Curve(at_steps, [flops * number for number in at_steps], seconds, loss.values, valid)
 
 
 def comparison_table(summaries: Sequence[Summary]) -> Table:
@@ -137,26 +143,36 @@ def _cells(s: Summary) -> list[str]:
 
 
 def draw_comparison(recipes: Sequence[tuple[str, Sequence[Curve]]]) -> Figure:
-    """Loss against tokens, FLOPs and seconds; every run is a line in the colour of its recipe."""
-    figure = Figure(figsize=(15, 4.8), facecolor="white", layout="constrained")
+    """Loss against tokens, FLOPs and seconds; every run is a line in the colour of its recipe. Below, the same of the
+    validation loss, if it was taken more than once."""
+    evaluated = any(len(_finite(c.valid_loss)) > 1 for _, curves in recipes for c in curves)
+    figure = Figure(figsize=(15, 9.2 if evaluated else 4.8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    losses = [loss for _, curves in recipes for c in curves for loss in c.loss if math.isfinite(loss)]
-    panels: tuple[tuple[str, str], ...] = (
-        ("tokens", "tokens"),
-        ("flops", "training FLOPs"),
-        ("seconds", "seconds of training"),
-    )
-    for axes, (field, label) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+    rows = [("loss", "training loss")] + [("valid_loss", "validation loss")] * evaluated
+    for panels, (loss, title) in zip(figure.subplots(len(rows), 3, sharey="row", squeeze=False), rows, strict=True):
+        _draw_row(list(panels), recipes, loss, title)
+    figure.axes[2].legend(fontsize=9, labelcolor=INK, frameon=False)
+    return figure
+
+
+def _draw_row(panels: Sequence[Axes], recipes: Sequence[tuple[str, Sequence[Curve]]], loss: str, title: str) -> None:
+    every = [value for _, curves in recipes for c in curves for value in _finite(getattr(c, loss))]
+    against = (("tokens", "tokens"), ("flops", "training FLOPs"), ("seconds", "seconds of training"))
+    for axes, (field, label) in zip(panels, against, strict=True):
         for number, (name, curves) in enumerate(recipes):
             for index, one in enumerate(curves):
-                places: list[float] = getattr(one, field)
-                smooth = smoothed(Series(list(range(len(places))), one.loss)).values
+                found = [point for point in zip(getattr(one, field), getattr(one, loss), strict=True)
+                         if math.isfinite(point[1])]  # fmt: skip
+                smooth = smoothed(Series(list(range(len(found))), [value for _, value in found])).values
                 color = COLORS[number % len(COLORS)]
-                axes.plot(places, smooth, color=color, linewidth=1.6, alpha=0.85, label=name if index == 0 else None)
-        _style(axes, f"training loss against {label}", loss_range(losses, []))
-    figure.axes[0].set_ylabel("nats per token", fontsize=9, color=FAINT)
-    figure.axes[-1].legend(fontsize=9, labelcolor=INK, frameon=False)
-    return figure
+                axes.plot([place for place, _ in found], smooth, color=color, linewidth=1.6, alpha=0.85,
+                          label=name if index == 0 else None)  # fmt: skip
+        _style(axes, f"{title} against {label}", loss_range(every, []))
+    panels[0].set_ylabel("nats per token", fontsize=9, color=FAINT)
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def _style(axes: Axes, title: str, limits: tuple[float, float]) -> None:

@@ -88,6 +88,9 @@ def _train(run: Run, log: RankLog) -> int:
             with probe.watch(health_due), profiler.step(step), run.spans.step():
                 metrics = train_step(run)
             clock.end_step(int(metrics["tokens_in_step"]))
+            if (end := run.time_budget.last_step) is not None and end < last_step:
+                last_step = end
+                progress.message(f"step {step}: the learning rate decays from here on; the run ends at step {end}")
             run.checkpoints.finish()
             if run.judge.wants_rewind:
                 went_back = rewind(run)
@@ -141,9 +144,9 @@ def train_step(run: Run) -> Metrics:
         run.spans.loading(micro_batches(run.train_data, run.position.consumed_samples, num_microbatches)),
         num_microbatches,
         run.platform.device,
-        flags=run.requests.flags(),
+        flags=[run.time_budget.flag(), *run.requests.flags()],
     )
-    loss_sum, tokens, *flags = totals.all_ranks.tolist()  # the one wait for the device in a step
+    loss_sum, tokens, out_of_time, *flags = totals.all_ranks.tolist()  # the one wait for the device in a step
     run.requests.agree(flags)
     loss = loss_sum / max(tokens, 1.0)
     run.scheduler.step(1)
@@ -161,6 +164,7 @@ def train_step(run: Run) -> Metrics:
     run.position.step += 1
     run.position.consumed_samples += samples
     run.position.consumed_tokens += samples * run.config.data.sequence_length
+    run.time_budget.end_step(run.position.step, out_of_time, run.scheduler)
     lr, value_lr = run.scheduler.learning_rates()
     return {
         "loss": loss,

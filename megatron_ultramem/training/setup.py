@@ -33,6 +33,7 @@ from megatron_ultramem.training.optimizer import Scheduler, build_optimizer, wra
 from megatron_ultramem.training.profiling import check_device
 from megatron_ultramem.training.requests import Requests
 from megatron_ultramem.training.spans import EXCHANGE, GRAD_SYNC, Spans
+from megatron_ultramem.training.time_budget import TimeBudget
 from megatron_ultramem.training.tokenizers import Tokenizer, build_tokenizer
 from megatron_ultramem.training.watchdog import Watchdog
 
@@ -56,6 +57,7 @@ class Run:
     valid_data: list[BatchIterator] | None
     watchdog: Watchdog
     judge: AnomalyJudge
+    time_budget: TimeBudget
     position: Position = field(default_factory=Position)
     requests: Requests = field(default_factory=Requests)
 
@@ -116,6 +118,7 @@ def set_up(config: Config, watchdog: Watchdog | None = None) -> Run:
         valid_data,
         watchdog or Watchdog(config),
         AnomalyJudge(config.faults),
+        TimeBudget(config),
     )
     run.position = checkpoints.resume()
     set_batch_size(config, run.position.consumed_samples)

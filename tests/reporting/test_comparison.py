@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -22,8 +23,8 @@ VOCABULARY = 300
 CONFIG = load_config(None, ["model.num_layers=2", "data.sequence_length=64"])
 
 
-def run(losses: list[float], valid: float) -> Run:
-    """Logged every 10 steps of 100 tokens; a step takes 2 s, and those of the last interval 4 s."""
+def run(losses: list[float], *valid: float) -> Run:
+    """Logged every 10 steps of 100 tokens; a step takes 2 s, and those of the last interval 4 s. Evaluated last."""
     steps = [1, *range(10, 10 * len(losses), 10)]
     slow = [2.0] * (len(losses) - 2) + [4.0]
     return Run(
@@ -34,7 +35,7 @@ def run(losses: list[float], valid: float) -> Run:
             "step_time_s": Series(steps[1:], slow),  # the first step is not timed
             "tokens_per_s": Series(steps[1:], [100 / seconds for seconds in slow]),
             "memory_gib": Series(steps, [1.0] * (len(steps) - 1) + [1.5]),
-            "valid_loss": Series(steps[-1:], [valid]),
+            "valid_loss": Series(steps[-len(valid) :], list(valid)),
         },
         CONFIG,
     )
@@ -46,6 +47,7 @@ def test_a_curve_has_tokens_flops_and_the_time_of_steps() -> None:
     flops = flops_per_token(CONFIG.model, VOCABULARY, 64).training
     assert found.flops == [flops * tokens for tokens in found.tokens]
     assert found.seconds == [2, 2 + 9 * 2, 20 + 10 * 2, 40 + 10 * 4]
+    assert found.valid_loss == pytest.approx([math.nan, math.nan, math.nan, 3.5], nan_ok=True)
 
 
 def test_a_summary_is_over_all_seeds() -> None:
@@ -73,3 +75,12 @@ def test_every_run_is_a_line_in_each_of_three_panels() -> None:
     assert [len(axes.lines) for axes in figure.axes] == [3, 3, 3]
     colors = [line.get_color() for line in figure.axes[0].lines]
     assert colors[0] == colors[1] != colors[2]
+
+
+def test_validation_losses_get_panels_of_their_own() -> None:
+    curves = [curve(run([6.0, 5.0, 4.0, 3.0], 4.5, 3.5), VOCABULARY)]
+    figure = draw_comparison([("a", curves)])
+    assert len(figure.axes) == 6
+    for axes, places in zip(figure.axes[3:], (curves[0].tokens, curves[0].flops, curves[0].seconds), strict=True):
+        (line,) = axes.lines
+        assert list(line.get_xdata()) == places[-2:] and list(line.get_ydata()) == [4.5, 3.5]

@@ -61,7 +61,7 @@ def test_recipes_are_trained_on_the_same_tokens_and_shown_together(recipes: list
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob("*/*/checkpoints"))
 
-    seeds = [load_run(output / "dense" / f"seed_{seed}_20_steps") for seed in (1, 2)]
+    seeds = [load_run(output / "dense" / f"seed_{seed}") for seed in (1, 2)]
     assert seeds[0].metrics["loss"].values[0] != seeds[1].metrics["loss"].values[0]
     again = call(*arguments)
     assert again.returncode == 0 and "seed 1: " not in again.stdout  # nothing is trained twice
@@ -71,24 +71,35 @@ def test_recipes_are_trained_on_the_same_tokens_and_shown_together(recipes: list
 
 
 @pytest.mark.slow
-def test_minutes_become_steps_of_each_and_data_keeps_its_order(recipes: list[str], tmp_path: Path) -> None:
-    done = call(*recipes, "--minutes=0.01", f"--output={tmp_path}")
+def test_runs_by_the_clock_go_on_side_by_side_and_read_the_same_data(recipes: list[str], tmp_path: Path) -> None:
+    done = call(*recipes, "--tokens=1e5", "--minutes=0.04", "--at-once=2", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr + done.stdout
-    (steps,) = json.loads((tmp_path / "steps.json").read_text()).values()
-    runs = {name: load_run(tmp_path / name / f"seed_1234_{steps[name]}_steps") for name in RECIPES}
-    wanted = set()
-    for name, run in runs.items():
-        assert run.metrics["loss"].steps[-1] == steps[name] >= 2
+    laid_out = set()
+    for name in RECIPES:
+        run = load_run(tmp_path / name / "seed_1234")
+        last, lr = run.metrics["loss"].steps[-1], run.metrics["lr"].values
         assert run.config is not None
-        wanted.add((run.config.train.steps, run.config.data.seed))
-    assert len(wanted) == 1  # of the number of steps the order of the data is made
+        assert 3 <= last < run.config.train.steps == 782
+        assert lr[-1] == pytest.approx(0.1 * run.config.optimizer.lr)  # decayed in time
+        laid_out.add((run.config.train.steps, run.config.data.seed))
+    assert len(laid_out) == 1  # of the number of steps the order of the data is made
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_costs_the_others_nothing(recipes: list[str], tmp_path: Path) -> None:
+    done = call(*recipes, "--tokens=512", "--at-once=2", "moe:train.device=cuda",
+                f"--output={tmp_path}")  # fmt: skip
+    assert done.returncode == 2 and "moe, seed 1234: the run in" in done.stderr
+    assert "train.device" in done.stdout  # the end of its output
+    assert re.search(r"\| dense \|", (tmp_path / "comparison.md").read_text())
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--tokens=10"], "--tokens 10: legal: at least the 128 of a step"),
-        (["--minutes=0"], "--minutes 0: legal: more than 0"),
+        (["--tokens=1e4", "--minutes=0"], "--minutes 0: legal: more than 0"),
+        (["--tokens=1e4", "--at-once=0"], "--at-once 0: legal: at least 1"),
         (["--tokens=1e4", "--seeds=1,1"], "--seeds 1,1: legal: different numbers"),
         (["--tokens=1e4", "moe:train.global_batch_size=8"], "train.global_batch_size = 8 in moe and 4 in dense"),
         (["--tokens=1e4", "model.num_layer=3"], "did you mean model.num_layers"),
