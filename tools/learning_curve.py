@@ -81,7 +81,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 def _compare(args: argparse.Namespace, began: float, folder: Path) -> int:
     settings = [*_settings(args.recipes), *args.settings]
     same_size([load_recipe(path, settings) for path in args.recipes])
-    settings += make_text(args.text, load_recipe(args.recipes[0], settings).config.model.vocab_size, folder / "data")
+    settings += make_text(args.text, _vocabulary(load_recipe(args.recipes[0], settings)), folder / "data")
     recipes = [load_recipe(path, [*settings, f"data.cache_dir={folder}/cache"]) for path in args.recipes]
     check_recipes(recipes)
     seeds = parse_seeds(args.seeds)
@@ -112,10 +112,7 @@ def _settings(recipes: Sequence[Path]) -> list[str]:
 
 def same_size(recipes: Sequence[Recipe]) -> None:
     """Raises UserError unless they have the same active and total parameters, within LARGEST_DIFFERENCE."""
-    for recipe in recipes:
-        if recipe.config.model.vocab_size is None:
-            raise UserError(f"model.vocab_size = null in {recipe.name}; legal: a number, which the tokenizer gets")
-    first, second = (count_parameters(recipe.config.model, recipe.config.model.vocab_size) for recipe in recipes)
+    first, second = (count_parameters(recipe.config.model, _vocabulary(recipe)) for recipe in recipes)
     for what in ("active", "total"):
         counts = getattr(first, what), getattr(second, what)
         if max(counts) > (1 + LARGEST_DIFFERENCE) * min(counts):
@@ -123,6 +120,13 @@ def same_size(recipes: Sequence[Recipe]) -> None:
                 f"{recipes[0].name} has {counts[0]:,} {what} parameters and {recipes[1].name} {counts[1]:,}; legal: "
                 f"at most {LARGEST_DIFFERENCE:.0%} apart"
             )
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    """What the tokenizer gets."""
+    if recipe.config.model.vocab_size is None:
+        raise UserError(f"model.vocab_size = null in {recipe.name}; legal: a number, which the tokenizer gets")
+    return recipe.config.model.vocab_size
 
 
 def make_text(folders: Sequence[Path] | None, vocab_size: int, output: Path) -> list[str]:
