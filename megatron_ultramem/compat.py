@@ -171,3 +171,12 @@ def separate_step_counters(optimizer: Any) -> None:
         for state in chained.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """Of one of Megatron's optimizers (not a chained one): the gradients that count for the norm on this rank."""
+    name = (
+        "get_grads_for_grad_norm" if hasattr(optimizer, "get_grads_for_grad_norm") else "get_main_grads_for_grad_norm"
+    )
+    found: list[torch.Tensor] = getattr(optimizer, name)()
+    return found

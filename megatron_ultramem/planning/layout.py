@@ -25,6 +25,7 @@ class Layout:
     micro_batches: int  # of a rank in a step
     sequence_parallel: bool
     distributed_optimizer: bool
+    tables_on_host: bool  # the optimizer of the value tables
     overlap_param_gather: bool
     element: int  # bytes of a parameter or an activation
     placement: Estimate  # of the value tables, with what one lookup moves
@@ -51,6 +52,7 @@ def layout_of(config: Config, gpus: int) -> Layout:
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * data),
         sequence_parallel=p.tensor_parallel_size > 1 if p.sequence_parallel is None else p.sequence_parallel,
         distributed_optimizer=p.distributed_optimizer,
+        tables_on_host=config.optimizer.value_offload != "none",
         overlap_param_gather=p.overlap_param_gather,
         element=2 if config.train.precision == "bf16" else 4,
         placement=choose(config),

@@ -98,7 +98,7 @@ def stage_memory(
         optimizer=master * (kept.dense / shards + kept.experts / table_shards),
         table_weights=size * kept.tables,
         table_gradients=4 * kept.tables,
-        table_optimizer=master * kept.tables / table_shards,
+        table_optimizer=0.0 if layout.tables_on_host else master * kept.tables / table_shards,
         buffers=sum(count * _permutation(work, layer) for layer, count in stage.layers),
         activations=activations,
         loss=loss,
@@ -106,6 +106,14 @@ def stage_memory(
         workspace=workspace,
         fragmentation=fragmentation * (activations + loss + exchange + workspace),
     )
+
+
+def host_memory(layout: Layout, tables: int) -> float:
+    """Bytes of the host that the optimizer of a rank's tables takes (optimizer.value_offload), of so many parameters:
+    fp32 master weights, two moments, and the gradient on its way."""
+    if not layout.tables_on_host:
+        return 0.0
+    return 16.0 * tables / (layout.expert_data if layout.distributed_optimizer else 1)
 
 
 def micro_batches_in_flight(layout: Layout, stage: int) -> float:

@@ -15,7 +15,7 @@ from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import Links, Transfer, step_traffic
 from megatron_ultramem.planning.evaluate import RECOMPUTE_MODES, Evaluation, Evaluator, on_cluster, with_recompute
 from megatron_ultramem.planning.flops import FlopsPerToken, flops_per_token
-from megatron_ultramem.planning.memory import RankMemory
+from megatron_ultramem.planning.memory import RankMemory, host_memory
 from megatron_ultramem.planning.parameters import ParameterCounts, count_parameters
 from megatron_ultramem.planning.search import Found, as_overrides, binding_constraint, needs, search, smallest_cluster
 
@@ -74,6 +74,7 @@ def layout_dict(shown: Evaluation) -> dict[str, Any]:
         "fullest_stage": shown.stage,
         "parameters_of_rank": dataclasses.asdict(shown.parameters),
         "memory_of_rank": memory_dict(shown.memory),
+        "host_memory_of_rank": host_memory(shown.layout, shown.parameters.tables),
         "step_seconds": shown.time.seconds,
         "tokens_per_s": shown.time.tokens_per_s,
         "mfu": shown.time.mfu,

@@ -8,7 +8,7 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ultramem.planning.memory import GIB
+from megatron_ultramem.planning.memory import GIB, host_memory
 from megatron_ultramem.planning.placements import print_placements, show_bytes
 from megatron_ultramem.planning.plan import Plan
 from megatron_ultramem.planning.search import as_overrides, describe
@@ -122,6 +122,11 @@ def _memory(plan: Plan, console: Console) -> None:
         table.add_row(name, *(f"{getattr(shown.memory, name) / GIB:.2f}" for shown in modes.values()), style="bold")
     table.add_row("", *("fits" if shown.fits else "too large" for shown in modes.values()))
     console.print(table)
+    if on_host := host_memory(plan.shown.layout, plan.shown.parameters.tables):
+        console.print(
+            f"The value tables' optimizer takes {on_host / GIB:.2f} GiB of host memory a rank. The times below leave "
+            "their update there out, which tools/bench_offload.py measures."
+        )
 
 
 def _communication(plan: Plan, console: Console) -> None:

@@ -158,7 +158,9 @@ class TimeModel:
         if p.overlap_param_gather:
             parameters = max(0.0, parameters - forward.total)
         shards, table_shards = (layout.data * layout.context, layout.expert_data) if p.distributed_optimizer else (1, 1)
-        own = kept.dense / shards + (kept.experts + kept.tables) / table_shards
+        # The host updates them while the next forward pass runs, if that is long enough.
+        tables = 0 if layout.tables_on_host else kept.tables
+        own = kept.dense / shards + (kept.experts + tables) / table_shards
         host = stage.num_layers * c.STEP_LAUNCHES * self.cluster.launch_us / 1e6
         return Times(gradient_comm=gradients + parameters, optimizer=self.kernels.adam(own, kept.total) + host)
 

@@ -10,7 +10,7 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.planning.clusters import load_cluster
 from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster
 from megatron_ultramem.planning.layout import Layout
-from megatron_ultramem.planning.memory import RankMemory, micro_batches_in_flight
+from megatron_ultramem.planning.memory import RankMemory, host_memory, micro_batches_in_flight
 
 MODEL = [
     "model.num_layers=8", "model.memory.sharing=block", "model.memory.share_size=2", "model.vocab_size=50304",
@@ -41,6 +41,14 @@ def test_the_distributed_optimizer_splits_its_state_alone() -> None:
     assert four.optimizer == one.optimizer / 4 and four.table_optimizer == one.table_optimizer / 4
     assert (four.weights, four.table_gradients) == (one.weights, one.table_gradients)
     assert memory(4, "parallel.distributed_optimizer=false").optimizer == one.optimizer
+
+
+def test_offload_moves_the_optimizer_of_tables_to_the_host() -> None:
+    device, host = plan(2), plan(2, "optimizer.value_offload=torch")
+    assert host.memory == dataclasses.replace(device.memory, table_optimizer=0.0)
+    tables = device.parameters.tables
+    assert host_memory(host.layout, tables) == 16 * tables / 2 and host_memory(device.layout, tables) == 0
+    assert host.time.times.optimizer < device.time.times.optimizer
 
 
 def test_memory_parallel_splits_tables_and_nothing_else() -> None:
