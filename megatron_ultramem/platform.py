@@ -83,6 +83,8 @@ def resolve_backend(config: Config, platform: Platform) -> str:
     if backend == "transformer_engine" and not (platform.is_cuda and has_transformer_engine()):
         missing = "Transformer Engine is not installed" if platform.is_cuda else "there is no GPU"
         raise ConfigError(f"model.backend = transformer_engine: {missing}; legal here: local or auto")
+    if config.train.fp8.recipe != "none":
+        _check_fp8(config, backend, platform)
     if config.train.cuda_graphs != "none" and not platform.is_cuda:
         raise ConfigError(f"train.cuda_graphs = {config.train.cuda_graphs}: there is no GPU; legal here: none")
     if config.parallel.context_parallel_size > 1 and backend == "local":
@@ -93,6 +95,20 @@ def resolve_backend(config: Config, platform: Platform) -> str:
     if parse_layers(config.model.moe.layers, config.model.num_layers, "model.moe.layers"):
         _check_moe(config.model.moe, backend, platform)
     return backend
+
+
+def _check_fp8(config: Config, backend: str, platform: Platform) -> None:
+    """Raises ConfigError without Transformer Engine, and on GPUs without FP8."""
+    recipe = config.train.fp8.recipe
+    if backend != "transformer_engine":
+        missing = "there is no GPU" if not platform.is_cuda else "Transformer Engine is not installed"
+        raise ConfigError(f"train.fp8.recipe = {recipe} needs Transformer Engine on a GPU: {missing}; legal here: none")
+    found, needed = torch.cuda.get_device_capability(platform.device), (9, 0) if recipe == "blockwise" else (8, 9)
+    if found < needed:
+        raise ConfigError(
+            f"train.fp8.recipe = {recipe}: {torch.cuda.get_device_name(platform.device)} has compute capability "
+            f"{found[0]}.{found[1]}, FP8 in this recipe needs {needed[0]}.{needed[1]}; legal here: none"
+        )
 
 
 def _check_moe(moe: MoEConfig, backend: str, platform: Platform) -> None:

@@ -381,6 +381,47 @@ class ScheduleConfig:
 
 
 @dataclass
+class Fp8Config:
+    """FP8 matrix products by Transformer Engine, on GPUs that have them (H100 and later).
+
+    The linears of attention, FFN and MoE, and the projections of memory layers (queries, pre-values, values, gates) run
+    in FP8. Keys, Tucker scores, value tables, norms, the embedding, the output layer and all gradients that are
+    accumulated or reduced stay in bf16 or fp32, as without FP8. Evaluation is as training, generation is in bf16.
+    """
+
+    recipe: str = setting(
+        "none",
+        "How scales come about: none (no FP8), delayed (a tensor's scale from earlier steps), tensorwise (from the "
+        "tensor itself), blockwise (one for 128 numbers of an activation, for 128 x 128 of a weight). Keys, Tucker "
+        "scores, value tables and their gradients stay bf16 and fp32 under all of them.",
+        choices=("none", "delayed", "tensorwise", "blockwise"),
+    )
+    format: Optional[str] = setting(
+        None,
+        "hybrid: E4M3 forward, E5M2 for gradients; e4m3: E4M3 throughout. null: e4m3 for blockwise, else hybrid.",
+        choices=("hybrid", "e4m3"),
+    )
+    margin: int = setting(0, "delayed: scales leave 2^margin of headroom.", minimum=0)
+    amax_history_len: int = setting(1024, "delayed: micro-batches whose largest numbers are remembered.", minimum=1)
+    amax_compute_algo: str = setting(
+        "max", "delayed: a scale follows the largest of them, or the newest.", choices=("max", "most_recent")
+    )
+    first_last_layers_bf16: bool = setting(
+        False, "The first and last layers stay in bf16 (tensorwise and blockwise), as many as the next two say."
+    )
+    num_layers_at_start_in_bf16: int = setting(1, "Layers at the start of the model in bf16.", minimum=0)
+    num_layers_at_end_in_bf16: int = setting(1, "Layers at its end in bf16.", minimum=0)
+    param_gather: bool = setting(
+        False,
+        "Weights of these linears exist in FP8 alone, beside the optimizer's fp32, and are gathered in FP8 (needs "
+        "parallel.distributed_optimizer).",
+    )
+    memory_projections: bool = setting(
+        True, "The projections of memory layers run in FP8 too; false: in bf16, as train.cuda_graphs=memory needs it."
+    )
+
+
+@dataclass
 class TrainConfig:
     """The run."""
 
@@ -396,6 +437,7 @@ class TrainConfig:
     precision: str = setting(
         "bf16", "Parameters and activations; gradients and optimizer state are fp32.", choices=("bf16", "fp32")
     )
+    fp8: Fp8Config = field(default_factory=Fp8Config, metadata={"help": "FP8 matrix products."})
     device: str = setting(
         "auto", "auto: CUDA with NCCL where a GPU is present, else CPU with gloo.", choices=("auto", "cpu", "cuda")
     )

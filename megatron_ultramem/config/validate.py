@@ -7,6 +7,7 @@ import re
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_blocks import validate_blocks
 from megatron_ultramem.config.validate_faults import validate_faults
+from megatron_ultramem.config.validate_fp8 import validate_fp8
 from megatron_ultramem.config.validate_graphs import validate_cuda_graphs
 from megatron_ultramem.config.validate_memory import expert_group_size, validate_memory_parallel
 from megatron_ultramem.config.validate_moe import validate_moe
@@ -25,6 +26,7 @@ def validate(config: Config, *, training: bool = True) -> None:
     validate_blocks(config, stage_of_layer(config))
     _validate_pools(config)
     validate_memory_parallel(config)
+    validate_fp8(config)
     validate_cuda_graphs(config)
     _validate_batches(config)
     _validate_rest(config)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ultramem.config.load import load_config
-from megatron_ultramem.config.schema import Config, ParallelConfig
+from megatron_ultramem.config.schema import Config, Fp8Config, ParallelConfig
 from megatron_ultramem.config.validate import validate
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.training.checkpoint_folder import read_config
@@ -73,7 +73,16 @@ def inference_config(folder: Path, overrides: Sequence[str], world_size: int, de
         # Documents are masked off from each other in training batches; a prompt is one document.
         data=replace(saved.data, mask_document_boundaries=False),
         checkpoint=replace(saved.checkpoint, load_optimizer=False),
-        train=replace(saved.train, device=device, recompute="none", micro_batch_size=1, rampup_batch_size=[]),
+        train=replace(
+            saved.train,
+            device=device,
+            recompute="none",
+            cuda_graphs="none",
+            micro_batch_size=1,
+            rampup_batch_size=[],
+            # A decoding step has few tokens: FP8 would pad them to 16 and gain nothing.
+            fp8=Fp8Config(),
+        ),
     )
     validate(config, training=False)
     return config

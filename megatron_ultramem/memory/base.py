@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_ultramem.memory.geometry import Pool
 from megatron_ultramem.memory.init import Constant, Normal, fill_, linear_std
@@ -66,6 +66,7 @@ class MemoryLayer(nn.Module, ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         linear: Callable[[int, int], nn.Module] | None = None,
+        checkpoint: Callable[..., torch.Tensor] | None = None,
         tokens_group: dist.ProcessGroup | None = None,
         data_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -75,6 +76,7 @@ class MemoryLayer(nn.Module, ABC):
             table: the value pool to look up in.
             norm_eps: of the query and key norms.
             linear: makes a projection without bias from (input width, output width); default nn.Linear.
+            checkpoint: computes function(*args) and again in the backward pass; default torch's.
             tokens_group: ranks that hold other tokens of the same micro-batch (sequence parallelism), for what is
                 computed from all of them: the balance loss, batch norm.
             data_group: ranks with other micro-batches, for the running statistics of batch norm.
@@ -84,6 +86,7 @@ class MemoryLayer(nn.Module, ABC):
         self.norm_eps, self.tokens_group, self.data_group = norm_eps, tokens_group, data_group
         self._table = (table,)  # in a tuple: nn.Module would register it
         self._dtype, self._device, self._linear = dtype, device, linear
+        self._checkpoint = checkpoint or _torch_checkpoint
         self.row_offset, self.row_span = pool.row_offset(layer), pool.rows
         permutation = None
         if config.shuffle:
@@ -103,7 +106,7 @@ class MemoryLayer(nn.Module, ABC):
             return self.graph.run(x)
         x_TH, kept = x.reshape(-1, x.shape[-1]), Kept()
         if self.config.recompute and torch.is_grad_enabled():
-            out_TH = checkpoint(self._forward, x_TH, kept, use_reentrant=False, preserve_rng_state=False)
+            out_TH = self._checkpoint(self._forward, x_TH, kept)
         else:
             out_TH = self._forward(x_TH, kept)
         return out_TH.view(x.shape)
@@ -161,3 +164,8 @@ class MemoryLayer(nn.Module, ABC):
         for param in made.parameters():
             param.initializer = Normal(std) if param.dim() > 1 else Constant(0.0)  # type: ignore[attr-defined]
         return made
+
+
+def _torch_checkpoint(function: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+    out: torch.Tensor = torch_checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return out

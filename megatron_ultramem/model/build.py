@@ -18,6 +18,7 @@ from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.geometry import plan_pools
 from megatron_ultramem.memory.tables import Placement, ValuePool
 from megatron_ultramem.memory.tucker_layer import refresh_layers
+from megatron_ultramem.model.fp8 import plain_parameters
 from megatron_ultramem.model.initialize import initialize
 from megatron_ultramem.model.pools import PoolBank
 from megatron_ultramem.model.specs import block_spec
@@ -52,7 +53,8 @@ def build_chunks(
         for stage in range(config.parallel.virtual_pipeline_stages)
     ]
     if draw_parameters:
-        initialize(chunks, config.train.seed, linear_std(config))
+        with plain_parameters(chunks):
+            initialize(chunks, config.train.seed, linear_std(config))
         refresh_layers(memory_layers(chunks))
     return megatron_config, chunks
 
@@ -99,9 +101,7 @@ def _build_chunk(
     vp_stage = virtual_stage if p.virtual_pipeline_stages > 1 else None
     model = GPTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(
-            config, range(layers[0], layers[-1] + 1), tables, backend, grouped_gemm=megatron_config.moe_grouped_gemm
-        ),
+        transformer_layer_spec=block_spec(config, range(layers[0], layers[-1] + 1), tables, backend, megatron_config),
         vocab_size=padded_vocab_size(config, vocab_size),
         max_sequence_length=m.max_sequence_length,
         pre_process=home == (0, 0),

@@ -17,20 +17,23 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.compat import dense_mlp_slot, module_slot
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.validate_fp8 import fp8_projections
 from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.build import LAYERS
 from megatron_ultramem.memory.geometry import Pool, join_layers, parse_layers, plan_pools
 from megatron_ultramem.memory.kinds import replaces_ffn
 from megatron_ultramem.memory.tables import ValuePool
 from megatron_ultramem.model.feed_forward import FeedForwardWithMemory, Joint
+from megatron_ultramem.model.fp8 import fp8_checkpoint, fp8_linear
 from megatron_ultramem.model.norm import AllHeadsRMSNorm, RMSNorm
 
 
 def block_spec(
-    config: Config, layers: range, tables: dict[int, ValuePool], backend: str, *, grouped_gemm: bool
+    config: Config, layers: range, tables: dict[int, ValuePool], backend: str, megatron_config: TransformerConfig
 ) -> TransformerBlockSubmodules:
     """The blocks of one model chunk.
 
@@ -38,9 +41,9 @@ def block_spec(
         layers: global numbers (from 0) of the chunk's layers.
         tables: the chunk's value pools by pool number.
         backend: 'local' or 'transformer_engine'.
-        grouped_gemm: whether MoE experts run as one grouped GEMM.
+        megatron_config: of all blocks.
     """
-    m = config.model
+    m, grouped_gemm = config.model, megatron_config.moe_grouped_gemm
     with_moe = set(parse_layers(m.moe.layers, m.num_layers, "model.moe.layers"))
     pool_of = {layer: pool for pool in plan_pools(m) for layer in pool.layers}
     joins = {reader: joined for reader, joined in join_layers(m).items() if reader != joined}
@@ -52,7 +55,11 @@ def block_spec(
         wrapped = pool is not None or layer in incoming
         spec = _layer_spec(config, backend, moe=moe, grouped_gemm=grouped_gemm, own_norm=moe or wrapped)
         if wrapped:
-            memory = None if pool is None else functools.partial(_build_memory, config, layer, pool, tables[pool.index])
+            memory = (
+                None
+                if pool is None
+                else functools.partial(_build_memory, config, megatron_config, layer, pool, tables[pool.index])
+            )
             without_ffn = pool is not None and replaces_ffn(m.memory)
             spec.submodules.mlp = module_slot(
                 FeedForwardWithMemory,
@@ -101,9 +108,14 @@ def _layer_spec(config: Config, backend: str, *, moe: bool, grouped_gemm: bool, 
 
 
 def _build_memory(
-    config: Config, layer: int, pool: Pool, table: ValuePool, groups: ProcessGroupCollection
+    config: Config,
+    megatron_config: TransformerConfig,
+    layer: int,
+    pool: Pool,
+    table: ValuePool,
+    groups: ProcessGroupCollection,
 ) -> MemoryLayer:
-    m = config.model
+    m, in_fp8 = config.model, fp8_projections(config)
     return LAYERS[m.memory.kind](
         m.memory,
         hidden_size=m.hidden_size,
@@ -113,6 +125,8 @@ def _build_memory(
         norm_eps=m.norm_eps,
         dtype=table.values.dtype,
         device=table.values.device,
+        linear=fp8_linear(megatron_config) if in_fp8 else None,
+        checkpoint=fp8_checkpoint if in_fp8 else None,
         tokens_group=groups.tp if config.parallel.tensor_parallel_size > 1 else None,
         data_group=groups.dp,
     )

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.validate_fp8 import fp8_format
 from megatron_ultramem.memory.geometry import parse_layers
 from megatron_ultramem.platform import has_fused_weight_gradients
 
@@ -81,7 +82,24 @@ def transformer_config(config: Config, backend: str) -> TransformerConfig:
         kwargs.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.train.recompute == "selective":
         kwargs.update(recompute_granularity="selective", recompute_modules=["core_attn"])
-    return TransformerConfig(**kwargs, **_moe_settings(config, te))
+    return TransformerConfig(**kwargs, **_moe_settings(config, te), **_fp8_settings(config))
+
+
+def _fp8_settings(config: Config) -> dict[str, Any]:
+    fp8 = config.train.fp8
+    if fp8.recipe == "none":
+        return {}
+    return {
+        "fp8": fp8_format(fp8),
+        "fp8_recipe": fp8.recipe,
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history_len,
+        "fp8_amax_compute_algo": fp8.amax_compute_algo,
+        "fp8_param": fp8.param_gather,
+        "first_last_layers_bf16": fp8.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
+    }
 
 
 def _moe_settings(config: Config, te: bool) -> dict[str, Any]:

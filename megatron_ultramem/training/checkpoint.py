@@ -35,6 +35,7 @@ from megatron_ultramem.training import checkpoint_choice as choice
 from megatron_ultramem.training import checkpoint_folder as folders
 from megatron_ultramem.training import checkpoint_state as contents
 from megatron_ultramem.training import checksums
+from megatron_ultramem.training.checkpoint_safety import extra_state_was_checked
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.orphans import results_queue_that_ends_with_us
 from megatron_ultramem.training.restarts import launch_id
@@ -312,7 +313,8 @@ def load_weights(folder: Path, record: folders.Record, model: list[GPTModel]) ->
 
 def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
-        misfits = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        with extra_state_was_checked():
+            misfits = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
         keys = [key for key in misfits.missing_keys + misfits.unexpected_keys if not folders.is_extra_state(key)]
         if keys:  # load_sharded has compared the names that are saved; these are torch's
             raise CheckpointError(f"model chunk {number} and the checkpoint do not fit: {', '.join(keys[:8])}")

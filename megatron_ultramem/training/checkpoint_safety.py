@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ _EXTRA_STATE = {
     "torch": {"Size", "device"},
     "torch._utils": {"_rebuild_tensor_v2"},
     "torch.storage": {"_load_from_bytes"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     "transformer_engine.common.recipe": {
         "DelayedScaling",
         "Float8BlockScaling",
@@ -63,6 +66,8 @@ _EXTRA_STATE = {
         "_FormatHelper",
     },
 }
+# Transformer Engine asks for it before it unpickles the state of delayed scaling.
+_LOAD_EXTRA_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 
@@ -81,6 +86,20 @@ def refuse_code(folder: Path) -> None:
         value = _load_weights_only(content, entry)
         if "_extra_state" in entry:
             _check_extra_state(value, entry)
+
+
+@contextmanager
+def extra_state_was_checked() -> Iterator[None]:
+    """Within it, Transformer Engine unpickles its state: `refuse_code` has seen the same bytes."""
+    before = os.environ.get(_LOAD_EXTRA_STATE)
+    os.environ[_LOAD_EXTRA_STATE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LOAD_EXTRA_STATE]
+        else:
+            os.environ[_LOAD_EXTRA_STATE] = before
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -136,10 +155,22 @@ class _Unpickler(pickle.Unpickler):
             raise UnsafeFileError(f"{self._name}: needs {module}.{name}, which is not among what a checkpoint may hold")
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _weights_of(self._name)
+        if module.split(".")[0] in ("megatron", "transformer_engine"):
+            return _Recipe  # nothing of them needs to be installed here, nor is to be imported
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafeFileError(f"{self._name}: refers to {pid!r} outside")
+
+
+class _Recipe:
+    """Stands for a recipe or a part of one while they are looked at."""
+
+    def __new__(cls, *_: Any) -> _Recipe:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
 
 
 def _weights_of(name: str) -> Callable[[bytes], Any]:

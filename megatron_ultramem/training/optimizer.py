@@ -40,6 +40,7 @@ def wrap_chunks(
         overlap_param_gather=p.overlap_param_gather,
         grad_reduce_in_fp32=True,
         bucket_size=p.bucket_size,
+        fp8_param_gather=config.train.fp8.param_gather,
     )
     wrapped, hooks = [], []
     for number, chunk in enumerate(chunks):
@@ -85,6 +86,7 @@ def build_optimizer(
         params_dtype=dtype_of(config),
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=None if config.train.fp8.recipe == "none" else config.train.fp8.recipe,
     )
     overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(optimizer_config))
     value_decay = o.weight_decay if o.value_weight_decay is None else o.value_weight_decay

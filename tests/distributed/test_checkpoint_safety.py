@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ import torch
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.errors import CheckpointError, ConfigError
-from megatron_ultramem.training.checkpoint_safety import read_metadata, refuse_code
+from megatron_ultramem.training.checkpoint_safety import (
+    UnsafeFileError,
+    _check_extra_state,
+    read_metadata,
+    refuse_code,
+)
 from megatron_ultramem.training.checksums import SUMS_FILE
 from tests.distributed.checkpoint_job import train_and_save
 from tests.distributed.workers import WorkerPool
@@ -103,6 +110,23 @@ ATTACKS: dict[str, Callable[[Path, Path], None]] = {
     "extra_state_tensor_in_tensor": lambda folder, mark: in_extra_state(folder, mark, "tensor_in_tensor"),
     "extra_state_buffer": lambda folder, mark: in_extra_state(folder, mark, "buffer"),
 }
+
+
+def test_scales_are_looked_at_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU saved loads where the recipe's classes cannot be imported; what hides among them does not."""
+    module = types.ModuleType("transformer_engine.common.recipe")
+    recipe = type("DelayedScaling", (), {"__module__": module.__name__})
+    module.DelayedScaling = recipe  # type: ignore[attr-defined]
+    made = recipe()
+    made.margin = 0
+    with monkeypatch.context() as installed:
+        for name in ("transformer_engine", "transformer_engine.common", module.__name__):
+            installed.setitem(sys.modules, name, module)
+        content = pickle.dumps({"recipe": made, "scale_fwd": torch.ones(3)})
+        other = pickle.dumps({"recipe": made, "run": os.system})
+    _check_extra_state(torch.frombuffer(bytearray(content), dtype=torch.uint8), "x._extra_state")
+    with pytest.raises(UnsafeFileError, match="system"):
+        _check_extra_state(torch.frombuffer(bytearray(other), dtype=torch.uint8), "x._extra_state")
 
 
 def load_for_training(settings: list[str]) -> str:

@@ -1,0 +1,45 @@
+"""The job of the FP8 tests: a few steps, with what FP8 kept of each layer's projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.model.build import memory_layers
+from megatron_ultramem.training.loop import evaluate, train_step
+from megatron_ultramem.training.setup import set_up
+
+
+def fp8_job(overrides: list[str], steps: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Trains to `steps` in all, from where checkpoint.load says; saves after each of `saves`.
+
+    Returns losses and gradient norms, the validation loss, parameters (names, and numbers as fp32) and which memory
+    projections computed in FP8, by layer.
+    """
+    run = set_up(load_config(None, overrides))
+    result: dict[str, Any] = {"losses": [], "grad_norms": []}
+    while run.position.step < steps:
+        metrics = train_step(run)
+        result["losses"].append(metrics["loss"])
+        result["grad_norms"].append(metrics["grad_norm"])
+        if run.position.step in saves:
+            run.checkpoints.save(run.position)
+    run.checkpoints.close()
+    result["valid_loss"] = evaluate(run)
+    result["in_fp8"] = {
+        layer.layer: bool(getattr(layer.query_proj, "fp8", False)) for layer in memory_layers(run.model)
+    }
+    result["scales"] = {
+        f"{number}.{name}": value.clone()
+        for number, chunk in enumerate(run.model)
+        for name, value in chunk.state_dict().items()
+        if "_extra_state" in name and isinstance(value, torch.Tensor) and value.numel()
+    }
+    result["params"] = {
+        f"{number}.{name}": param.detach().float().cpu().numpy()
+        for number, chunk in enumerate(run.model)
+        for name, param in chunk.named_parameters()
+    }
+    return result

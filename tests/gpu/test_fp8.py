@@ -1,0 +1,122 @@
+"""FP8 matrix products: every recipe trains like bf16, resumes bit by bit, and its checkpoints load elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.conftest import corpus, small_run  # noqa: F401
+from tests.distributed.test_layouts import MODELS
+from tests.distributed.workers import WorkerPool
+from tests.gpu.fp8_job import fp8_job
+from tests.gpu.test_training import BF16, LOCAL, TE, WIDE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
+    ),
+]
+STEPS = 6
+MODEL = [
+    *MODELS["block"],
+    *WIDE,
+    BF16,
+    "model.memory.key_dim=16",
+    "model.memory.value_dim=32",
+    "model.memory.pre_value_dim=32",
+    "train.deterministic=true",
+]
+RECIPES = {
+    "delayed": ["train.fp8.recipe=delayed", "train.fp8.amax_history_len=4"],
+    "tensorwise": ["train.fp8.recipe=tensorwise"],
+    "blockwise": ["train.fp8.recipe=blockwise"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(gpus: WorkerPool, small_run: list[str]) -> Any:  # noqa: F811
+    """`fp8_job` on one GPU under some settings; remembered."""
+    cache: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def train(*overrides: str) -> dict[str, Any]:
+        if overrides not in cache:
+            cache[overrides] = gpus.run(1, fp8_job, [*small_run, *MODEL, *overrides], STEPS)[0]
+        return cache[overrides]
+
+    return train
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_like_bf16(run: Any, recipe: str) -> None:
+    bf16, fp8 = run(TE), run(TE, *RECIPES[recipe])
+    assert all(fp8["in_fp8"].values()) and not any(bf16["in_fp8"].values())
+    np.testing.assert_allclose(fp8["losses"], bf16["losses"], rtol=1e-2)
+    np.testing.assert_allclose(fp8["grad_norms"], bf16["grad_norms"], rtol=0.2)
+    np.testing.assert_allclose(fp8["valid_loss"], bf16["valid_loss"], rtol=1e-2)
+    assert fp8["params"].keys() == bf16["params"].keys()
+
+
+def test_first_and_last_layers_stay_in_bf16(run: Any) -> None:
+    ends = ["train.fp8.first_last_layers_bf16=true", "train.fp8.num_layers_at_end_in_bf16=2"]
+    assert run(TE, *RECIPES["tensorwise"], *ends)["in_fp8"] == {0: False, 1: True, 2: False, 3: False}
+
+
+def test_memory_projections_stay_in_bf16(run: Any) -> None:
+    found = run(TE, *RECIPES["delayed"], "train.fp8.memory_projections=false")
+    assert not any(found["in_fp8"].values())
+    np.testing.assert_allclose(found["losses"], run(TE)["losses"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_recomputed_memory_layers_give_the_same_losses(run: Any, recipe: str) -> None:
+    kept, recomputed = run(TE, *RECIPES[recipe]), run(TE, *RECIPES[recipe], "model.memory.recompute=true")
+    np.testing.assert_allclose(recomputed["losses"], kept["losses"], rtol=1e-4)
+    np.testing.assert_allclose(recomputed["grad_norms"], kept["grad_norms"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_in_fp8_alone_start_from_the_same_numbers(run: Any, recipe: str) -> None:
+    plain, gathered = run(TE, *RECIPES[recipe]), run(TE, *RECIPES[recipe], "train.fp8.param_gather=true")
+    np.testing.assert_allclose(gathered["losses"], plain["losses"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("gather", ["false", "true"], ids=["bf16_weights", "fp8_weights"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resuming_is_bitwise(
+    gpus: WorkerPool,
+    small_run: list[str],  # noqa: F811
+    tmp_path: Path,
+    recipe: str,
+    gather: str,
+) -> None:
+    settings = [*small_run, *MODEL, TE, *RECIPES[recipe], f"train.fp8.param_gather={gather}"]
+    settings += ["checkpoint.load=auto", f"train.run_dir={tmp_path}"]
+    (straight,) = gpus.run(1, fp8_job, settings, STEPS, (STEPS // 2,))
+    (resumed,) = gpus.run(1, fp8_job, settings, STEPS)
+    assert resumed["losses"] == straight["losses"][STEPS // 2 :]
+    assert resumed["valid_loss"] == straight["valid_loss"]
+    for name, numbers in straight["params"].items():
+        assert np.array_equal(resumed["params"][name], numbers), name
+    assert bool(straight["scales"]) == (recipe == "delayed")
+    for name, state in straight["scales"].items():
+        assert torch.equal(resumed["scales"][name], state), name
+
+
+def test_a_checkpoint_moves_between_back_ends_and_precisions(
+    gpus: WorkerPool,
+    small_run: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    settings = [*small_run, *MODEL, "checkpoint.load=auto", f"train.run_dir={tmp_path}"]
+    (saved,) = gpus.run(1, fp8_job, [*settings, TE, *RECIPES["delayed"]], STEPS, (STEPS,))
+    for other in ([LOCAL], [TE], [TE, *RECIPES["blockwise"]]):
+        (loaded,) = gpus.run(1, fp8_job, [*settings, *other], STEPS)
+        np.testing.assert_allclose(loaded["valid_loss"], saved["valid_loss"], rtol=5e-3)
+        for name in saved["params"]:
+            if ".memory." in name:
+                assert np.array_equal(loaded["params"][name], saved["params"][name]), name
