@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -228,7 +229,7 @@ def results(found: dict[str, dict[str, list[Row]]]) -> list[Row]:
     return rows
 
 
-def value(rows: list[Row], metric: str) -> float:
+def value(rows: Iterable[Row], metric: str) -> float:
     return next(row.value for row in rows if row.metric == metric)
 
 
