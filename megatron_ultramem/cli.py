@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A UserError becomes one line on stderr and exit code 2."""
     from megatron_ultramem.quiet import quiet_dependencies
-    from megatron_ultramem.redaction import redact
 
     quiet_dependencies()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -40,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = args.run(args)
         return code or 0
     except UserError as error:
-        rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if rank == "0" or not error.on_every_rank:
-            where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}]"
-            print(redact(f"error{where}: {error}"), file=sys.stderr, flush=True)
+        _report(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -54,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error).splitlines()[-1]
         print(f"rank {os.environ.get('RANK')} ended because another one did ({reason})", file=sys.stderr, flush=True)
         return 3
+
+
+def _report(error: UserError) -> None:
+    """One line on stderr, from one of the ranks that found the error."""
+    from megatron_ultramem.one_voice import is_mine_to_say
+    from megatron_ultramem.redaction import redact
+
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    host = f" on {socket.gethostname()}" if error.on_many_ranks else ""
+    where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}{host}]"
+    if error.on_every_rank and rank != "0":
+        return
+    if ranks == "1" or not error.on_many_ranks or is_mine_to_say(str(error)):
+        print(redact(f"error{where}: {error}"), file=sys.stderr, flush=True)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

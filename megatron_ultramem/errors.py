@@ -5,6 +5,7 @@ class UserError(Exception):
     """Something the user can put right. The message names the setting or file, its value, and what would be legal."""
 
     on_every_rank = False  # raised alike on all ranks, so that one of them is enough to print it
+    on_many_ranks = False  # raised by every rank that finds it, each for itself: often all, sometimes those of one host
     exit_code = 2
 
 
@@ -16,6 +17,8 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError):
     """Training data is missing, damaged, or does not fit the tokenizer or the model."""
+
+    on_many_ranks = True
 
 
 class CheckpointError(UserError):

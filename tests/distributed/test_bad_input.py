@@ -19,6 +19,7 @@ from megatron_ultramem.cli import main
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.errors import TrainingError
+from megatron_ultramem.one_voice import is_mine_to_say
 from megatron_ultramem.training.loop import train_step
 from megatron_ultramem.training.preprocess import preprocess
 from megatron_ultramem.training.setup import set_up
@@ -212,6 +213,48 @@ def test_damaged_data_is_one_clear_error(
     (result,) = pool.run(1, run_main, ["train", *settings, f"data.paths=[{tmp_path / 'words'}]"])
     assert_one_clear_error(result, str(path))
     assert contents(run_dir) == before
+
+
+LAUNCHERS = {
+    "ranks": ["megatron_ultramem", "train", "--ranks", "2"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_ultramem", "train"],
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "damage"),
+    [
+        ("torchrun", "index"),
+        pytest.param("torchrun", "missing", marks=pytest.mark.slow),
+        pytest.param("ranks", "missing", marks=pytest.mark.slow),
+    ],
+)
+def test_of_several_ranks_one_says_what_is_wrong_with_the_data(
+    settings: list[str], corpus: Path, tmp_path: Path, launcher: str, damage: str
+) -> None:
+    prefix = tmp_path / "words"
+    if damage == "index":
+        shutil.copy(f"{corpus}.bin", tmp_path)
+        (tmp_path / "words.idx").write_bytes(Path(f"{corpus}.idx").read_bytes()[:-40])
+    overrides = [*settings, f"train.run_dir={tmp_path / 'run'}", f"data.paths=[{prefix}]"]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode != 0 and len(said) == 1, done.stderr
+    what = r"words\.bin does not exist" if damage == "missing" else r"words\.idx is damaged"
+    assert re.fullmatch(rf"error \[rank 0 on \S+\]: .*{what}.*", said[0]), said
+    assert "DataError" not in done.stderr  # no traceback
+
+
+def test_an_error_of_one_rank_alone_is_said_by_that_rank(pool: WorkerPool) -> None:
+    assert pool.run(2, _who_says, {0: "both", 1: "both"}) == [True, False]
+    assert pool.run(2, _who_says, {1: "only one"}) == [None, True]
+    assert pool.run(2, _who_says, {0: "one", 1: "another"}) == [True, True]
+
+
+def _who_says(texts: dict[int, str]) -> bool | None:
+    text = texts.get(int(os.environ["RANK"]))
+    return None if text is None else is_mine_to_say(text)
 
 
 def _truncate(path: Path) -> None:

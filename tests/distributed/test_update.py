@@ -18,7 +18,7 @@ PP2 = "parallel.pipeline_parallel_size=2"
 MP2 = ["parallel.memory_parallel_size=2", "parallel.memory_placement=rows"]
 CASES = [
     pytest.param(1, [BF16], id="1_rank_bf16"),
-    pytest.param(1, [PLAIN], id="1_rank_plain"),
+    pytest.param(1, [PLAIN], id="1_rank_plain", marks=pytest.mark.slow),
     pytest.param(2, [PP2, PLAIN, BF16, "optimizer.value_offload=torch"], id="stages_offloaded"),
     pytest.param(2, MP2, id="rows"),
 ]
