@@ -85,8 +85,7 @@ def resolve_backend(config: Config, platform: Platform) -> str:
         raise ConfigError(f"model.backend = transformer_engine: {missing}; legal here: local or auto")
     if config.train.fp8.recipe != "none":
         _check_fp8(config, backend, platform)
-    if config.train.cuda_graphs != "none" and not platform.is_cuda:
-        raise ConfigError(f"train.cuda_graphs = {config.train.cuda_graphs}: there is no GPU; legal here: none")
+    _check_speed(config, backend, platform)
     if config.parallel.context_parallel_size > 1 and backend == "local":
         raise ConfigError(
             f"parallel.context_parallel_size = {config.parallel.context_parallel_size} needs Transformer "
@@ -109,6 +108,23 @@ def _check_fp8(config: Config, backend: str, platform: Platform) -> None:
             f"train.fp8.recipe = {recipe}: {torch.cuda.get_device_name(platform.device)} has compute capability "
             f"{found[0]}.{found[1]}, FP8 in this recipe needs {needed[0]}.{needed[1]}; legal here: none"
         )
+
+
+def _check_speed(config: Config, backend: str, platform: Platform) -> None:
+    """Raises ConfigError for what makes training faster only where it cannot be had."""
+    train, preset = config.train, "" if config.preset == "none" else f" (preset = {config.preset} may have set it)"
+    if train.cuda_graphs != "none" and not platform.is_cuda:
+        raise ConfigError(f"train.cuda_graphs = {train.cuda_graphs}{preset}: there is no GPU; legal here: none")
+    for name, value, legal in (
+        ("cuda_graphs", train.cuda_graphs, ("none", "memory")),
+        ("cross_entropy", train.cross_entropy, ("megatron",)),
+        ("fused_weight_gradients", train.fused_weight_gradients, (False,)),
+    ):
+        if backend == "local" and value not in legal:
+            raise ConfigError(
+                f"train.{name} = {str(value).lower()}{preset} needs Transformer Engine, but the back end is local; "
+                f"legal: {' or '.join(str(one).lower() for one in legal)}"
+            )
 
 
 def _check_moe(moe: MoEConfig, backend: str, platform: Platform) -> None:

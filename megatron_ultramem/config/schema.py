@@ -450,9 +450,26 @@ class TrainConfig:
     )
     cuda_graphs: str = setting(
         "none",
-        "What is recorded as CUDA graphs, which spare the host most of its launches: none, or memory (the memory "
-        "layers, with value tables replicated or by columns, without pipeline parallelism).",
-        choices=("none", "memory"),
+        "What is recorded as CUDA graphs, which spare the host most of its launches: memory (the memory layers, with "
+        "value tables replicated or by columns, without pipeline parallelism), full (the whole model; needs "
+        "Transformer Engine), or none.",
+        choices=("none", "memory", "full"),
+    )
+    cross_entropy: str = setting(
+        "megatron",
+        "Kernels of the loss: Megatron's (in fp32, compiled by torch on a GPU), or Transformer Engine's one pass over "
+        "the logits.",
+        choices=("megatron", "transformer_engine"),
+    )
+    norms: str = setting(
+        "backend",
+        "Kernels of RMSNorms that are not fused into a linear: those of model.backend, torch's, or ultramem_kernels'.",
+        choices=("backend", "torch", "ultramem"),
+    )
+    fused_weight_gradients: bool = setting(
+        False,
+        "Transformer Engine's linears add weight gradients to the fp32 buffer within their GEMM, instead of rounding "
+        "them to bf16 first.",
     )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)
     eval_steps: int = setting(10, "Global batches per evaluation; 0: no evaluation.", minimum=0)
@@ -557,6 +574,12 @@ class LoggingConfig:
 class Config:
     """Everything that defines a run."""
 
+    preset: str = setting(
+        "none",
+        "throughput: other defaults for settings that cost nothing but speed (config/presets.py); what is set in the "
+        "file or on the command line stays.",
+        choices=("none", "throughput"),
+    )
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "The transformer."})
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"help": "Layout over ranks."})
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "Data and tokenizer."})

@@ -9,38 +9,67 @@ from megatron_ultramem.memory.kinds import tucker_penalty
 from megatron_ultramem.parallel.cost_model import choose, rows_hold_all
 
 KINDS = ("ultramem_v2",)
+Rule = tuple[str, object, tuple[object, ...]]  # setting, its value, legal ones
 PLACEMENTS = ("replicated", "columns", "rows")  # whose exchanges have static sizes, or can
 
 
 def validate_cuda_graphs(config: Config) -> None:
-    """Raises ConfigError for the first setting that graphs of the memory layers do not go with."""
+    """Raises ConfigError for the first setting that graphs do not go with: what is recorded must have static sizes, and
+    the host must not look at a result in it."""
     m, p, train = config.model, config.parallel, config.train
     if train.cuda_graphs == "none":
         return
-    if not parse_layers(m.memory.layers, m.num_layers, "model.memory.layers"):
-        raise _refusal("model.memory.layers", m.memory.layers, "at least one layer")
-    if tucker_penalty(m.memory) > 0 and m.memory.tucker_rank > 2:  # its singular values are not cuSOLVER's up to 2 x 2
-        raise _refusal(
-            "model.memory.tucker_penalty_coeff", tucker_penalty(m.memory), "0, or model.memory.tucker_rank = 2"
-        )
-    if choose(config).placement == "rows" and not rows_hold_all(config, p.memory_parallel_size):
+    has_memory = bool(parse_layers(m.memory.layers, m.num_layers, "model.memory.layers"))
+    rules: list[Rule] = [
+        ("parallel.pipeline_parallel_size", p.pipeline_parallel_size, (1,)),
+        ("parallel.overlap_param_gather", p.overlap_param_gather, (False,)),
+    ]
+    if train.cuda_graphs == "memory":
+        if not has_memory:
+            raise _refusal(config, "model.memory.layers", m.memory.layers, "at least one layer", "none")
+        rules.append(("train.recompute", train.recompute, ("none", "selective")))
+    if has_memory:
+        rules += [
+            ("model.memory.kind", m.memory.kind, KINDS),
+            ("model.memory.recompute", m.memory.recompute, (False,)),
+            ("parallel.memory_placement", choose(config).placement, PLACEMENTS),
+        ]
+    _check(config, rules, "none")
+    # Its singular values are cuSOLVER's, which waits for the device, beyond 2 x 2.
+    if has_memory and tucker_penalty(m.memory) > 0 and m.memory.tucker_rank > 2:
+        name, legal = "model.memory.tucker_penalty_coeff", "0, or model.memory.tucker_rank = 2"
+        raise _refusal(config, name, tucker_penalty(m.memory), legal, "none")
+    if has_memory and choose(config).placement == "rows" and not rows_hold_all(config, p.memory_parallel_size):
         needed = (
             f"at least parallel.memory_parallel_size = {p.memory_parallel_size} with parallel.memory_placement = rows"
         )
-        raise _refusal("parallel.exchange_capacity", p.exchange_capacity, needed)
-    for name, value, legal in (
-        ("model.memory.kind", m.memory.kind, KINDS),
-        ("model.memory.recompute", m.memory.recompute, (False,)),
-        ("train.recompute", train.recompute, ("none", "selective")),
-        ("parallel.pipeline_parallel_size", p.pipeline_parallel_size, (1,)),
-        ("parallel.overlap_param_gather", p.overlap_param_gather, (False,)),
-        ("parallel.memory_placement", choose(config).placement, PLACEMENTS),
-    ):
+        raise _refusal(config, "parallel.exchange_capacity", p.exchange_capacity, needed, "none")
+    if train.cuda_graphs == "full":
+        _check(config, _rules_of_whole_models(config), "memory or none" if has_memory else "none")
+
+
+def _rules_of_whole_models(config: Config) -> list[Rule]:
+    m, p = config.model, config.parallel
+    return [
+        ("model.backend", m.backend, ("auto", "transformer_engine")),
+        ("model.moe.layers", m.moe.layers, ("none",)),  # the dispatcher's sizes follow the tokens
+        ("model.attention_dropout", m.attention_dropout, (0.0,)),  # it switches generators
+        ("data.mask_document_boundaries", config.data.mask_document_boundaries, (False,)),  # sizes follow documents
+        ("train.recompute", config.train.recompute, ("none",)),
+        ("parallel.tensor_parallel_size", p.tensor_parallel_size, (1,)),  # its dropout switches generators
+        ("parallel.context_parallel_size", p.context_parallel_size, (1,)),
+        ("parallel.overlap_grad_reduce", p.overlap_grad_reduce, (False,)),  # gradients come with the graph's end
+    ]
+
+
+def _check(config: Config, rules: list[Rule], others: str) -> None:
+    for name, value, legal in rules:
         if value not in legal:
-            raise _refusal(name, value, " or ".join(str(one).lower() for one in legal))
+            raise _refusal(config, name, value, " or ".join(str(one).lower() for one in legal), others)
 
 
-def _refusal(name: str, value: object, legal: str) -> ConfigError:
+def _refusal(config: Config, name: str, value: object, legal: str, others: str) -> ConfigError:
     return ConfigError(
-        f"train.cuda_graphs = memory with {name} = {str(value).lower()}; legal: {legal}, or cuda_graphs = none"
+        f"train.cuda_graphs = {config.train.cuda_graphs} with {name} = {str(value).lower()}; legal: {legal}, or "
+        f"cuda_graphs = {others}"
     )

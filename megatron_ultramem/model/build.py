@@ -115,7 +115,17 @@ def _build_chunk(
         # As a child of the decoder, the bank is saved by name and belongs to this stage.
         model.decoder.pools = PoolBank(megatron_config, list(tables.values()), groups)
     _mark_expert_parameters(model)
+    if config.train.fused_weight_gradients:
+        _fuse_weight_gradients(model)
     return model.to(device)
+
+
+def _fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Transformer Engine's linears add weight gradients to `main_grad` within the GEMM. Megatron's setting for it,
+    gradient_accumulation_fusion, would ask the same of Megatron's own output layer, which needs Apex for it."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _mark_expert_parameters(model: torch.nn.Module) -> None:

@@ -21,6 +21,18 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class KernelRMSNorm(RMSNorm):
+    """The same by the kernels of `ultramem_kernels`: one launch forward, two backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] of any strides, to the same shape."""
+        from ultramem_kernels.rms_norm.ops import rms_norm_swapped
+
+        width = x.shape[-1]
+        normed = rms_norm_swapped(x.reshape(1, -1, 1, width), self.weight, self.eps or torch.finfo(x.dtype).eps)
+        return normed.view(x.shape)
+
+
 class AllHeadsRMSNorm(torch.nn.Module):
     """RMSNorm of queries or keys over all heads at once (OLMoE), where Megatron normalises each head by itself.
 

@@ -29,7 +29,7 @@ from megatron_ultramem.memory.kinds import replaces_ffn
 from megatron_ultramem.memory.tables import ValuePool
 from megatron_ultramem.model.feed_forward import FeedForwardWithMemory, Joint
 from megatron_ultramem.model.fp8 import fp8_checkpoint, fp8_linear
-from megatron_ultramem.model.norm import AllHeadsRMSNorm, RMSNorm
+from megatron_ultramem.model.norm import AllHeadsRMSNorm, KernelRMSNorm, RMSNorm
 
 
 def block_spec(
@@ -70,7 +70,7 @@ def block_spec(
                 overlap=config.parallel.overlap_exchange,
             )
         specs.append(spec)
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_provider(backend)[1])
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_provider(config, backend)[1])
 
 
 def _layer_spec(config: Config, backend: str, *, moe: bool, grouped_gemm: bool, own_norm: bool) -> ModuleSpec:
@@ -82,13 +82,15 @@ def _layer_spec(config: Config, backend: str, *, moe: bool, grouped_gemm: bool, 
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=m.qk_norm, normalization="RMSNorm", **experts)
     spec = copy.deepcopy(spec)
-    provider, norm = _provider(backend)
+    provider, norm = _provider(config, backend)
     sub = spec.submodules
     attention = sub.self_attention.submodules
     if backend == "local":
         sub.input_layernorm = sub.pre_mlp_layernorm = norm
-        if m.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = norm
+    elif moe:
+        sub.pre_mlp_layernorm = norm
+    if m.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
     if m.qk_norm and m.qk_norm_width == "all_heads":
         attention.q_layernorm = module_slot(AllHeadsRMSNorm, heads=m.num_attention_heads)
         attention.k_layernorm = module_slot(AllHeadsRMSNorm, heads=m.num_query_groups or m.num_attention_heads)
@@ -132,11 +134,12 @@ def _build_memory(
     )
 
 
-def _provider(backend: str) -> tuple[Any, type[torch.nn.Module]]:
-    """The back end's linears, and its RMSNorm."""
+def _provider(config: Config, backend: str) -> tuple[Any, type[torch.nn.Module]]:
+    """The back end's linears, and the RMSNorm of `train.norms`."""
+    norms = {"torch": RMSNorm, "ultramem": KernelRMSNorm}
     if backend == "local":
-        return LocalSpecProvider(), RMSNorm
+        return LocalSpecProvider(), norms.get(config.train.norms, RMSNorm)
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    return TESpecProvider(), TENorm
+    return TESpecProvider(), norms.get(config.train.norms, TENorm)

@@ -76,6 +76,7 @@ def transformer_config(config: Config, backend: str) -> TransformerConfig:
         "masked_softmax_fusion": te,
         "gradient_accumulation_fusion": te and has_fused_weight_gradients(),
         "cross_entropy_loss_fusion": te,
+        "cross_entropy_fusion_impl": "te" if config.train.cross_entropy == "transformer_engine" else "native",
         "apply_rope_fusion": te,
     }
     if config.train.recompute == "full":

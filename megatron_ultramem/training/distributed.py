@@ -15,7 +15,7 @@ from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.platform import Platform
 from megatron_ultramem.training.agreement import check_same_config
 from megatron_ultramem.training.flight_recorder import limit_buffer
-from megatron_ultramem.training.memory_graphs import release_all
+from megatron_ultramem.training.graph_recording import release_all
 from megatron_ultramem.training.restarts import restart_count
 
 

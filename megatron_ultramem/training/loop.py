@@ -19,7 +19,7 @@ from megatron_ultramem.training.anomalies import meet, rewind
 from megatron_ultramem.training.data import BatchIterator
 from megatron_ultramem.training.distributed import destroy_distributed
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
-from megatron_ultramem.training.memory_hooks import begin_step, end_step, forget_step
+from megatron_ultramem.training.memory_hooks import begin_step, end_step, forget_step, model_graph
 from megatron_ultramem.training.metrics import MetricsLogger
 from megatron_ultramem.training.moe_metrics import moe_metrics
 from megatron_ultramem.training.optimizer import whole_parameters
@@ -145,6 +145,7 @@ def train_step(run: Run) -> Metrics:
         num_microbatches,
         run.platform.device,
         flags=[run.time_budget.flag(), *run.requests.flags()],
+        graph=model_graph(run.memory_hooks),
     )
     loss_sum, tokens, out_of_time, *flags = totals.all_ranks.tolist()  # the one wait for the device in a step
     run.requests.agree(flags)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ultramem.training.loop import micro_batches
-from megatron_ultramem.training.memory_hooks import begin_step
+from megatron_ultramem.training.memory_hooks import begin_step, model_graph
 from megatron_ultramem.training.setup import Run
 from megatron_ultramem.training.step import forward_backward
 
@@ -36,6 +36,7 @@ def forward_backward_only(run: Run, count: int) -> None:
         micro_batches(run.train_data, 0, count),
         count,
         run.platform.device,
+        graph=model_graph(run.memory_hooks),
     )
 
 

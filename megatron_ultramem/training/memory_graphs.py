@@ -11,19 +11,15 @@ output alone, so DDP is told by `gradients_ready`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_ultramem.memory.base import MemoryLayer
-from megatron_ultramem.memory.tables import ValuePool
-from megatron_ultramem.parallel.traffic import Traffic
-
-_recorded: weakref.WeakSet[MemoryGraphs] = weakref.WeakSet()
+from megatron_ultramem.training.graph_recording import Counted, add_gradients, leaves_of, recording, remember
 
 
 class MemoryGraphs:
@@ -53,20 +49,13 @@ class MemoryGraphs:
         for graph in reversed(self._graphs):
             graph.record_backward(stream, pool)
         self.recorded = True
-        _recorded.add(self)
+        remember(self)
 
     def release(self) -> None:
         """Gives the graphs back; the layers run without."""
         for graph in self._graphs:
             graph.layer.graph = None
         self._graphs, self.recorded = [], False
-
-
-def release_all() -> None:
-    """`release` for all graphs of the process. NCCL cannot end a communicator that a graph still refers to."""
-    for graphs in list(_recorded):
-        graphs.release()
-    _recorded.clear()
 
 
 class _LayerGraph:
@@ -97,18 +86,16 @@ class _LayerGraph:
         assert self.shape is not None
         device = self.layer.table.values.device
         self._input = torch.zeros(self.shape, dtype=self._dtype, device=device, requires_grad=True)
-        # The same memory, but other leaves: DDP keeps the parameters' own tied to the stream that it was made on.
-        self._leaves = {name: param.detach().requires_grad_() for name, param in self._params.items()}
-        with _Counted(self.layer.table) as self._forward_traffic, self._into(self._forward, stream, pool):
+        self._leaves = leaves_of(self._params)
+        with Counted([self.layer.table]) as self._forward_traffic, self._into(self._forward, stream, pool):
             self._output = torch.func.functional_call(self.layer, self._leaves, (self._input,))
 
     def record_backward(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self._grad_output = torch.zeros_like(self._output)
         inputs = [self._input, *self._leaves.values()]
-        with _Counted(self.layer.table) as self._backward_traffic, self._into(self._backward, stream, pool):
+        with Counted([self.layer.table]) as self._backward_traffic, self._into(self._backward, stream, pool):
             self._grad_input, *grads = torch.autograd.grad(self._output, inputs, self._grad_output)
-            for param, grad in zip(self._params.values(), grads, strict=True):
-                param.main_grad.add_(grad)  # type: ignore[attr-defined]
+            add_gradients(self._leaves, grads)
         self._output, self._leaves = self._output.detach(), {}  # what the forward saved is the graphs' now
         self._recorded = True
 
@@ -127,10 +114,8 @@ class _LayerGraph:
         self.layer.table.count_backward()
         return self._grad_input.detach()
 
-    @staticmethod
-    def _into(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.graph:
-        # Of this thread alone: NCCL's watchdog asks for events of earlier collectives meanwhile.
-        return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    def _into(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> AbstractContextManager[None]:
+        return recording(graph, stream, pool, f"memory layer {self.layer.layer}")
 
 
 class _Replay(torch.autograd.Function):
@@ -143,28 +128,3 @@ class _Replay(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return ctx.graph.replay_backward(grad_output), None
-
-
-class _Counted:
-    """What the exchanges of a pool were counted to move while they were only recorded: taken back at the end, and added
-    by every `repeat`. Their time is not measured: an event within a graph cannot be read."""
-
-    def __init__(self, table: ValuePool) -> None:
-        self._traffic: Traffic | None = getattr(table.placement, "traffic", None)
-
-    def __enter__(self) -> _Counted:
-        if self._traffic is not None:
-            self._before, self._timed = self._traffic.copy(), self._traffic.timed
-            self._traffic.timed = nullcontext
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._traffic is not None:
-            self._traffic.timed = self._timed
-            self._difference = self._traffic - self._before
-            self._traffic.set(self._before)
-
-    def repeat(self) -> None:
-        """Counts what a replay moves."""
-        if self._traffic is not None:
-            self._traffic += self._difference

@@ -18,15 +18,16 @@ from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.tucker_layer import refresh_layers
 from megatron_ultramem.model.build import memory_layers, value_pools
 from megatron_ultramem.training.memory_graphs import MemoryGraphs
+from megatron_ultramem.training.model_graph import ModelGraph
 
 
 class MemoryHooks:
     """Connects the memory layers and pools of one model chunk with the chunk's DDP.
 
-    cuda_graphs: the layers run as CUDA graphs from the second step on.
+    cuda_graphs: 'memory': the layers run as CUDA graphs from the second step on; 'full': the whole chunk; or 'none'.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel, *, cuda_graphs: bool = False) -> None:
+    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel, *, cuda_graphs: str = "none") -> None:
         self.ddp = ddp
         self.layers = memory_layers([chunk])
         self.pools = value_pools([chunk])
@@ -36,7 +37,11 @@ class MemoryHooks:
         if ddp.ddp_config.overlap_param_gather:
             for layer in self.layers:
                 layer.register_forward_pre_hook(self._before_forward)
-        self.graphs = MemoryGraphs(self.layers, self._gradients_ready) if cuda_graphs else None
+        self.graphs: MemoryGraphs | ModelGraph | None = None
+        if cuda_graphs == "memory":
+            self.graphs = MemoryGraphs(self.layers, self._gradients_ready)
+        elif cuda_graphs == "full":
+            self.graphs = ModelGraph(ddp.module, self.layers, self.pools)
 
     def begin_step(self) -> None:
         """Recomputes what the layers derive from their parameters once per optimizer step.
@@ -85,6 +90,12 @@ class MemoryHooks:
             if layer.layer in self._stale:
                 self._stale.remove(layer.layer)
                 layer.refresh()
+
+
+def model_graph(hooks: Sequence[MemoryHooks]) -> ModelGraph | None:
+    """What stands in for the model of this rank, where something does; there is one chunk then."""
+    graphs = hooks[0].graphs
+    return graphs if isinstance(graphs, ModelGraph) else None
 
 
 def begin_step(hooks: Sequence[MemoryHooks]) -> None:

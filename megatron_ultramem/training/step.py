@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.auxiliary import AuxiliaryLossScale
+from megatron_ultramem.training.model_graph import ModelGraph
 
 Batch = dict[str, Any]
 # Numerator and denominator of the mean loss of one micro-batch on this rank.
@@ -42,18 +43,20 @@ def forward_backward(
     *,
     forward_only: bool = False,
     flags: Sequence[float] = (),
+    graph: ModelGraph | None = None,
 ) -> LossTotals:
     """Runs Megatron's schedule (no pipeline, 1F1B or interleaved) over the micro-batches of one global batch.
 
     Args:
         micro_batches: an iterator over this rank's micro-batches for the model chunk of that number.
         flags: of this rank, as many on every rank; their sums travel with the loss.
+        graph: runs the micro-batches that it takes in place of the (only) chunk.
     """
     if not forward_only:
         _set_auxiliary_scale(config, megatron_config, num_microbatches, device)
     iterators = [micro_batches(number) for number in range(len(chunks))]
     reports: list[LossReport] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, config, device),
+        forward_step_func=partial(_forward_step, config, device, graph),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
@@ -65,21 +68,27 @@ def forward_backward(
 
 
 def _forward_step(
-    config: Config, device: torch.device, iterator: Iterator[Batch], model: Any
+    config: Config, device: torch.device, graph: ModelGraph | None, iterator: Iterator[Batch], model: Any
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, LossReport]]]:
     batch = next(iterator)
     packed = _packed_documents(batch, device)
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch = {name: _to_device(value, device) for name, value in batch.items()}
     if config.parallel.context_parallel_size > 1:
         batch = get_batch_on_this_cp_rank(batch)
+    inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
+    if graph is not None and graph.takes(inputs):
+        return graph.run(inputs), partial(_loss, batch["loss_mask"])
     losses_BS = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch.get("attention_mask"),
-        labels=batch["labels"],
+        **inputs,
+        attention_mask=batch.get("attention_mask"),
         **({"packed_seq_params": packed} if packed else {}),
     )
     return losses_BS, partial(_loss, batch["loss_mask"])
+
+
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    """From page-locked memory, which torch keeps and reuses: otherwise the host waits for the device to copy."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
 
 
 def _loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, LossReport]:
@@ -97,7 +106,7 @@ def _packed_documents(batch: Batch, device: torch.device) -> PackedSeqParams | N
     """
     if "cu_seqlens" not in batch:
         return None
-    boundaries, longest = batch.pop("cu_seqlens").to(device), int(batch.pop("max_seqlen"))
+    boundaries, longest = _to_device(batch.pop("cu_seqlens"), device), int(batch.pop("max_seqlen"))
     if "attention_mask" in batch:
         return None
     for name in ("tokens", "labels", "loss_mask", "position_ids"):
