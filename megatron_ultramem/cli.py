@@ -273,10 +273,12 @@ def _sections() -> str:
 
     from megatron_ultramem.config.schema import Config
 
-    lines, defaults = ["sections of settings:"], Config()
+    lines, defaults = ["settings, and their sections:"], Config()
     for field in dataclasses.fields(Config):
-        names = ", ".join(inner.name for inner in dataclasses.fields(getattr(defaults, field.name)))
-        lines.append(f"  {field.name}: {field.metadata['help']} ({names})")
+        section = getattr(defaults, field.name)
+        names = dataclasses.fields(section) if dataclasses.is_dataclass(section) else ()
+        inner = f" ({', '.join(name.name for name in names)})" if names else ""
+        lines.append(f"  {field.name}: {field.metadata['help']}{inner}")
     return "\n".join(lines)
 
 

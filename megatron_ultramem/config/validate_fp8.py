@@ -39,7 +39,7 @@ def validate_fp8(config: Config) -> None:
     _check_bf16_layers(config)
     if fp8.memory_projections and _memory_layers(config):
         for name, value in (
-            ("train.cuda_graphs", config.train.cuda_graphs != "none"),
+            ("train.cuda_graphs = memory", config.train.cuda_graphs == "memory"),
             ("parallel.overlap_exchange", config.parallel.overlap_exchange),
         ):
             if value:  # scales that steps carry on, and a workspace that Transformer Engine has once for all streams

@@ -56,6 +56,8 @@ def _rules_of_whole_models(config: Config) -> list[Rule]:
         ("model.attention_dropout", m.attention_dropout, (0.0,)),  # it switches generators
         ("data.mask_document_boundaries", config.data.mask_document_boundaries, (False,)),  # sizes follow documents
         ("train.recompute", config.train.recompute, ("none",)),
+        ("train.fp8.recipe", config.train.fp8.recipe, ("none", "tensorwise", "blockwise")),  # delayed: scales carry on
+        ("train.fp8.param_gather", config.train.fp8.param_gather, (False,)),
         ("parallel.tensor_parallel_size", p.tensor_parallel_size, (1,)),  # its dropout switches generators
         ("parallel.context_parallel_size", p.context_parallel_size, (1,)),
         ("parallel.overlap_grad_reduce", p.overlap_grad_reduce, (False,)),  # gradients come with the graph's end

@@ -82,6 +82,8 @@ def inference_config(folder: Path, overrides: Sequence[str], world_size: int, de
             rampup_batch_size=[],
             # A decoding step has few tokens: FP8 would pad them to 16 and gain nothing.
             fp8=Fp8Config(),
+            cross_entropy="megatron",
+            fused_weight_gradients=False,
         ),
     )
     validate(config, training=False)

@@ -7,7 +7,7 @@ import pytest
 from megatron_ultramem.config import load_config
 from megatron_ultramem.errors import ConfigError
 
-GRAPHS = "train.cuda_graphs=memory"
+GRAPHS, FULL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
 P2 = "parallel.memory_parallel_size=2"
 
 
@@ -50,4 +50,50 @@ def test_static_placements_can_be_recorded(layout: list[str]) -> None:
 def test_what_cannot_be_recorded_is_refused(setting: str, more: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match="train.cuda_graphs = memory") as refused:
         load_config(None, [GRAPHS, setting, *more])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [],
+        ["model.memory.layers=none"],
+        ["model.hidden_dropout=0.1"],
+        [P2, "parallel.memory_placement=columns", "parallel.overlap_exchange=true"],
+    ],
+    ids=str,
+)
+def test_whole_models_with_static_sizes_can_be_recorded(layout: list[str]) -> None:
+    assert load_config(None, [FULL, *layout]).train.cuda_graphs == "full"
+
+
+@pytest.mark.parametrize(
+    ("setting", "more", "said"),
+    [
+        ("model.moe.layers=0", ["model.memory.layers=1"], "model.moe.layers = 0; legal: none, or cuda_graphs = memory"),
+        (
+            "model.moe.layers=0",
+            ["model.memory.layers=none"],
+            "model.moe.layers = 0; legal: none, or cuda_graphs = none",
+        ),
+        (
+            "model.memory.kind=pkm",
+            ["model.memory.value_dim=768"],
+            "kind = pkm; legal: ultramem_v2, or cuda_graphs = none",
+        ),
+        ("data.mask_document_boundaries=true", [], "data.mask_document_boundaries = true; legal: false"),
+        ("model.attention_dropout=0.1", [], "model.attention_dropout = 0.1; legal: 0.0"),
+        ("model.backend=local", [], "model.backend = local; legal: auto or transformer_engine"),
+        ("train.recompute=selective", [], "train.recompute = selective; legal: none"),
+        ("parallel.tensor_parallel_size=2", [], "parallel.tensor_parallel_size = 2; legal: 1"),
+        ("parallel.context_parallel_size=2", [], "parallel.context_parallel_size = 2; legal: 1"),
+        ("parallel.pipeline_parallel_size=2", [], "parallel.pipeline_parallel_size = 2; legal: 1"),
+        ("parallel.overlap_grad_reduce=true", [], "parallel.overlap_grad_reduce = true; legal: false"),
+        ("parallel.memory_placement=rows", [P2], "parallel.exchange_capacity = none; legal: at least"),
+        ("train.fp8.recipe=delayed", ["model.ffn_hidden_size=2560"], "recipe = delayed; legal: none or tensorwise"),
+    ],
+)
+def test_whole_models_that_cannot_be_recorded_are_refused(setting: str, more: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match="train.cuda_graphs = full") as refused:
+        load_config(None, [FULL, setting, *more])
     assert said in str(refused.value)

@@ -1,4 +1,4 @@
-"""Memory layers as CUDA graphs train as they do without, bit for bit."""
+"""Memory layers, and whole models, as CUDA graphs train as they do without, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,21 +9,38 @@ import torch
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC
 from tests.distributed.workers import WorkerPool
-from tests.gpu.graph_job import graph_job
+from tests.gpu.graph_job import graph_job, refused_recording
 from tests.gpu.test_memory_parallel import BESIDE_FFN
 from tests.gpu.test_training import BF16, TE, WIDE
 
 pytestmark = pytest.mark.gpu
-GRAPHS = "train.cuda_graphs=memory"
+MEMORY, FULL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
 GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP
 STEPS = 4
+FP8_WIDTHS = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
+AUXILIARY = ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1"]
 SETTINGS = {
-    "one_gpu": (1, []),
-    "one_gpu_auxiliary_losses": (1, ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1"]),
-    "rows": (2, [P2, ROWS, f"{STATIC}=2"]),
-    "rows_overlap": (2, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
-    "columns": (2, [P2, COLUMNS]),
-    "columns_overlap": (2, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
+    "memory": (1, MEMORY, []),
+    "memory_auxiliary_losses": (1, MEMORY, AUXILIARY),
+    "memory_columns": (2, MEMORY, [P2, COLUMNS]),
+    "memory_columns_overlap": (2, MEMORY, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
+    "memory_rows": (2, MEMORY, [P2, ROWS, f"{STATIC}=2"]),
+    "memory_rows_overlap": (2, MEMORY, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
+    "full": (1, FULL, []),
+    "full_auxiliary_losses": (1, FULL, AUXILIARY),
+    "full_dropout": (1, FULL, ["model.hidden_dropout=0.1"]),
+    "full_without_memory": (1, FULL, ["model.memory.layers=none"]),
+    "full_loss_mask": (1, FULL, ["data.mask_eod_loss=true"]),
+    "full_kernels": (
+        1,
+        FULL,
+        ["train.cross_entropy=transformer_engine", "train.norms=ultramem", "train.fused_weight_gradients=true"],
+    ),
+    "full_fp8": (1, FULL, ["train.fp8.recipe=tensorwise", *FP8_WIDTHS]),
+    "full_data_parallel": (2, FULL, []),
+    "full_columns": (2, FULL, [P2, COLUMNS]),
+    "full_columns_overlap": (2, FULL, [P2, COLUMNS, BESIDE_FFN]),
+    "full_rows_overlap": (2, FULL, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN]),
 }
 
 
@@ -33,14 +50,25 @@ def test_training_with_graphs_equals_training_without(
     small_run: list[str],  # noqa: F811
     case: str,
 ) -> None:
-    ranks, layout = SETTINGS[case]
+    ranks, graphs, more = SETTINGS[case]
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    settings = [*small_run, *MODELS["ring"], *WIDE, TE, BF16, "train.deterministic=true", *layout]
+    settings = [*small_run, *MODELS["ring"], *WIDE, TE, BF16, "train.deterministic=true", *more]
     expected = gpus.run(ranks, graph_job, settings, STEPS)
-    for found, wanted in zip(gpus.run(ranks, graph_job, [*settings, GRAPHS], STEPS), expected, strict=True):
+    for found, wanted in zip(gpus.run(ranks, graph_job, [*settings, graphs], STEPS), expected, strict=True):
         assert found["recorded"] and not wanted["recorded"]
         for what in ("losses", "grad_norms", "valid_loss", "moved"):
             assert found[what] == wanted[what], what
         for (key, _, _, numbers), (_, _, _, known) in zip(found["params"], wanted["params"], strict=True):
             assert np.array_equal(numbers, known), key
+
+
+def test_what_cannot_be_recorded_is_named(
+    small_run: list[str],  # noqa: F811
+) -> None:
+    workers = WorkerPool(1, timeout=100)  # of its own: a recording that failed spoils a process
+    try:
+        message = workers.run(1, refused_recording, [*small_run, *MODELS["ring"], *WIDE, TE, BF16, FULL])[0]
+    finally:
+        workers.close()
+    assert "the model's forward cannot be recorded" in message and "graph_job.py" in message and ".item()" in message

@@ -1,0 +1,80 @@
+"""A preset is a layer of defaults: beneath what is set, above the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ultramem.config import load_config, save_config
+from megatron_ultramem.config.load import walk
+from megatron_ultramem.config.presets import THROUGHPUT
+from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.platform import Platform, resolve_backend
+
+PRESET = "preset=throughput"
+
+
+def test_a_preset_sets_what_is_not_set_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {norms: torch}\npreset: throughput\n")
+    plain = {name: value for name, value, _ in walk(load_config(None))}
+    found = {name: value for name, value, _ in walk(load_config(tmp_path / "c.yaml", ["train.cross_entropy=megatron"]))}
+    changed = {name: value for name, value in found.items() if value != plain[name]}
+    assert changed == {
+        "preset": "throughput",
+        "train.norms": "torch",
+        "train.cuda_graphs": "full",
+        "train.fused_weight_gradients": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs"),
+    [
+        ([], "full"),
+        (["model.memory.layers=none"], "full"),
+        (["parallel.memory_parallel_size=2", "parallel.memory_placement=columns"], "full"),
+        (["data.mask_document_boundaries=true"], "memory"),
+        (["parallel.tensor_parallel_size=2"], "memory"),
+        (["parallel.memory_parallel_size=2", "parallel.memory_placement=rows"], "none"),
+        (["model.moe.layers=0", "model.memory.layers=none"], "none"),
+        (["parallel.pipeline_parallel_size=2"], "none"),
+    ],
+    ids=str,
+)
+def test_it_records_as_much_as_the_settings_allow(settings: list[str], graphs: str) -> None:
+    assert load_config(None, [PRESET, *settings]).train.cuda_graphs == graphs
+
+
+def test_a_saved_preset_loads_equal(tmp_path: Path) -> None:
+    config = load_config(None, [PRESET, "train.norms=backend"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_an_illegal_setting_is_named_under_a_preset_too() -> None:
+    with pytest.raises(ConfigError, match="model.num_attention_heads = 7"):
+        load_config(None, [PRESET, "model.num_attention_heads=7"])
+
+
+@pytest.mark.parametrize("name", ["train.cuda_graphs", *THROUGHPUT])
+def test_without_a_gpu_each_part_works_or_is_refused_by_name(name: str) -> None:
+    config = load_config(None, [PRESET, *(f"{other}={_plain(other)}" for other in _parts() if other != name)])
+    if name == "train.norms":  # the kernels' reference runs anywhere
+        assert resolve_backend(config, _cpu()) == "local"
+        return
+    with pytest.raises(ConfigError, match=rf"{name} = .*preset = throughput.*legal"):
+        resolve_backend(config, _cpu())
+
+
+def _parts() -> list[str]:
+    return ["train.cuda_graphs", *THROUGHPUT]
+
+
+def _plain(name: str) -> str:
+    return str({name: value for name, value, _ in walk(load_config(None))}[name]).lower()
+
+
+def _cpu() -> Platform:
+    return Platform(torch.device("cpu"), "gloo")
