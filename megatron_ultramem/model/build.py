@@ -125,7 +125,7 @@ def _fuse_weight_gradients(model: torch.nn.Module) -> None:
     gradient_accumulation_fusion, would ask the same of Megatron's own output layer, which needs Apex for it."""
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def _mark_expert_parameters(model: torch.nn.Module) -> None:
