@@ -26,16 +26,16 @@ ADAM_BYTES = 38  # for a parameter of a rank's share: gradient twice, master and
 GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and read, and added to main_grad in fp32
 
 # Kernel launches (of Cluster.launch_us, with what Python does around each), forward and backward of one micro-batch.
-# From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 239 ms for 20 with memory,
-# 20.4 ms for an MoE layer of 64 experts where the dense FFN took 2.2 ms.
+# From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 168.9 ms for 20 with memory
+# (plan_h100.json), 20.4 ms for an MoE layer of 64 experts where the dense FFN took 2.2 ms.
 BLOCK_LAUNCHES = 324  # norms, attention, residual
 FFN_LAUNCHES = 220
-MEMORY_LAUNCHES = 651
+MEMORY_LAUNCHES = 300
 # From micro-batches of the same model on two H200s (memory_parallel_h200x2.json).
 GRAPH_LAUNCHES = 180  # a memory layer as CUDA graphs, with what goes in and out of them: 145 ms
-EXCHANGE_LAUNCHES = 3  # for every message of a memory exchange: 243 ms by columns, without graphs
+EXCHANGE_LAUNCHES = 3  # for every message of a memory exchange: 174 ms by columns, without graphs
 MOE_LAUNCHES = 440  # router and dispatch
 EXPERT_LAUNCHES = 25  # for every expert on the rank
 FORWARD_SHARE = 0.4  # of them in the forward pass, which a recomputation issues again
-# Once a step, for every block: clipping, Adam, singular vectors. From 1985 ms for a step of 8 micro-batches of 239 ms.
+# Once a step, for every block: clipping, Adam, singular vectors. From 775 ms for a step of 4 micro-batches of 168.9 ms.
 STEP_LAUNCHES = 270
