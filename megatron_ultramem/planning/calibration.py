@@ -26,8 +26,8 @@ ADAM_BYTES = 38  # for a parameter of a rank's share: gradient twice, master and
 GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and read, and added to main_grad in fp32
 
 # Kernel launches (of Cluster.launch_us, with what Python does around each), forward and backward of one micro-batch.
-# From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 168.9 ms for 20 with memory
-# (plan_h100.json), 20.4 ms for an MoE layer of 64 experts where the dense FFN took 2.2 ms.
+# From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 168.9 ms for 20 with
+# memory (plan_h100.json), 20.4 ms for an MoE layer of 64 experts where the dense FFN took 2.2 ms.
 BLOCK_LAUNCHES = 324  # norms, attention, residual
 FFN_LAUNCHES = 220
 MEMORY_LAUNCHES = 300

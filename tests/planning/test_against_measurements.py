@@ -71,8 +71,8 @@ def test_two_h200(case: str, settings: list[str]) -> None:
     assert plan.time.seconds * 1e3 == pytest.approx(real["step_ms"], rel=0.25)
     exchange, lookups = plan.layout.placement, 20
     if exchange.ranks > 1:
-        # By rows they are an expectation, as sizes follow the rows that tokens want; the host's wait for the sizes counts
-        # as a message.
+        # By rows they are an expectation, as sizes follow the rows that tokens want; the host's wait for the sizes
+        # counts as a message.
         by_rows = exchange.placement == "rows"
         megabytes = lookups * (exchange.forward_bytes + exchange.backward_bytes) / 1e6
         assert megabytes == pytest.approx(real["exchange_mb"], rel=0.01 if by_rows else 0.0)
