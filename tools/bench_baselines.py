@@ -52,26 +52,27 @@ class Way:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-FULL, MEMORY = Way(("train.cuda_graphs=full",)), Way(("train.cuda_graphs=memory",))
-ROUTER, ALLGATHER = "model.moe.router_fusion=true", "model.moe.dispatcher=allgather"
+PRESET, ROUTER, ALLGATHER = "preset=throughput", "model.moe.router_fusion=true", "model.moe.dispatcher=allgather"
 CUTLASS = (("NVTE_USE_CUTLASS_GROUPED_GEMM", "1"),)  # one launch for all experts, where cuBLAS has one for each
+PRESET_AND_PLAIN = {"throughput": Way((PRESET,)), "plain": Way()}
 # The most promising way of each recipe comes first.
 WAYS: dict[str, dict[str, Way]] = {
-    "ultramemv2_227m_1b": {"full_graphs": FULL, "memory_graphs": MEMORY, "plain": Way()},
+    "ultramemv2_227m_1b": {**PRESET_AND_PLAIN, "memory_graphs": Way(("train.cuda_graphs=memory",))},
     "olmoe_227m_1b": {
-        "router_fusion": Way((ROUTER,)),
-        "cutlass": Way((ROUTER,), CUTLASS),
-        "allgather_cutlass": Way((ROUTER, ALLGATHER), CUTLASS),
-        "mcore_cutlass": Way((ROUTER,), CUTLASS),
-        "allgather": Way((ROUTER, ALLGATHER)),
-        "mcore_allgather": Way((ROUTER, ALLGATHER)),
-        "mcore_router_fusion": Way((ROUTER,)),
+        "throughput": Way((PRESET, ROUTER)),
+        "throughput_cutlass": Way((PRESET, ROUTER), CUTLASS),
+        "throughput_allgather_cutlass": Way((PRESET, ROUTER, ALLGATHER), CUTLASS),
+        "mcore_throughput_cutlass": Way((PRESET, ROUTER), CUTLASS),
+        "mcore_throughput_allgather": Way((PRESET, ROUTER, ALLGATHER)),
         "plain": Way(),
-        "no_fusion": Way(("model.moe.permute_fusion=false",)),
+        "router_fusion": Way((ROUTER,)),
+        "allgather": Way((ROUTER, ALLGATHER)),
+        "mcore_router_fusion": Way((ROUTER,)),
+        "no_permute_fusion": Way(("model.moe.permute_fusion=false",)),
     },
-    "dense_227m": {"full_graphs": FULL, "plain": Way()},
-    "memory_plus_227m_1b": {"plain": Way()},
-    "ultramem_227m_1b": {"plain": Way()},
+    "dense_227m": PRESET_AND_PLAIN,
+    "memory_plus_227m_1b": PRESET_AND_PLAIN,
+    "ultramem_227m_1b": PRESET_AND_PLAIN,
 }
 
 

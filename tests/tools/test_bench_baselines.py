@@ -29,7 +29,7 @@ def test_every_recipe_is_there_and_its_first_way_is_tried_first() -> None:
     cases = tool._cases("*", None)
     assert len(cases) == len(set(cases)) == sum(not w.startswith("mcore") for ways in tool.WAYS.values() for w in ways)
     assert {recipe for recipe, _ in cases[: len(tool.WAYS)]} == set(tool.WAYS)
-    assert ("olmoe_227m_1b", "mcore_cutlass") in tool._cases("olmoe*", ROOT)
+    assert ("olmoe_227m_1b", "mcore_router_fusion") in tool._cases("olmoe*", ROOT)
 
 
 def test_the_fastest_way_is_the_case_of_its_recipe() -> None:
@@ -54,7 +54,7 @@ def test_other_figures_of_a_case_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--cases=other"], "--cases other: legal: ultramemv2_227m_1b/full_graphs"), (["--mcore=."], "--mcore .: legal")],
+    [(["--cases=other"], "--cases other: legal: ultramemv2_227m_1b/throughput"), (["--mcore=."], "--mcore .: legal")],
 )
 def test_refused_before_anything_runs(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert script("bench_baselines").main(arguments) == 2
