@@ -5,7 +5,7 @@ next rank (a ring, so that one look costs the same on any number of ranks), how 
 same place, and whether another rank has declared a fault. Who finds one declares it; the first to do so reports it,
 every rank leaves its stacks and its record of collectives in <run_dir>/faults, and all end with exit code 4, whatever
 their main threads wait for. A rank that was killed is noticed sooner, by a collective that fails: one of the survivors
-then names it.
+then names it. Errors that a run ends in (a NaN, a file that cannot be written) are reported in the same place.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import LostRankError, lost_another_rank
+from megatron_ultramem.redaction import redact
 from megatron_ultramem.training import flight_recorder
 from megatron_ultramem.training.heartbeat import ENDED, Sign, SignBoard, connect_store
 from megatron_ultramem.training.restarts import restart_count
@@ -85,8 +86,11 @@ class Watchdog:
         try:
             if error is None:
                 torch.distributed.barrier()  # the store may end with rank 0
-            elif lost_another_rank(error) and (lost := self._name_lost_ranks(error)):
-                raise LostRankError(lost) from error
+            elif lost_another_rank(error):
+                if lost := self._name_lost_ranks(error):
+                    raise LostRankError(lost) from error
+            elif isinstance(error, Exception) and (self.rank == 0 or not getattr(error, "on_every_rank", False)):
+                self._record("error", f"{self.sign()}: {type(error).__name__}: {error}", [self.sign()])
         finally:
             self._stop(ENDED if error is None else f"{ENDED}: {type(error).__name__}")
 
@@ -213,7 +217,7 @@ class Watchdog:
             "restart": restart_count(),
             "reported_by": self.rank,
             "ranks": [vars(sign) for sign in ranks],
-            "text": text,
+            "text": redact(text),
         }
         try:
             with (self.run_dir / FAULTS_FILE).open("a", encoding="utf-8") as file:

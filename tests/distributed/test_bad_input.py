@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -317,6 +318,13 @@ def test_gradients_that_are_not_finite_stop_the_run_and_name_the_last_good_check
         rf"nothing was updated; last good checkpoint: {last_good}$",
     )
     assert last_good.is_dir()
+    (report,) = map(json.loads, (run / "faults.jsonl").read_text().splitlines())
+    assert (report["kind"], report["ranks"][0]["step"], report["ranks"][0]["host"]) == (
+        "error",
+        4,
+        socket.gethostname(),
+    )
+    assert re.match(r"rank 0 on \S+ \(pid \d+\), step 4, training, last collective .*: TrainingError: ", report["text"])
     assert contents(run).items() >= {name: data for name, data in before.items() if "checkpoints" in name}.items()
 
 
@@ -362,6 +370,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank_of_a_real_run(
         result, rf"step 2: the loss is nan \(rank {who}\); nothing was updated; last good checkpoint: "
     )
     assert contents(tmp_path / "checkpoints") == before
+    assert [json.loads(line)["kind"] for line in (tmp_path / "faults.jsonl").read_text().splitlines()] == ["error"]
 
 
 def _save_poisoned(overrides: list[str]) -> None:
