@@ -20,7 +20,7 @@ from megatron_ultramem.platform import Platform, prepare
 from megatron_ultramem.preflight import local, network
 from megatron_ultramem.preflight.gpu_health import gpu_problems
 from megatron_ultramem.preflight.report import RankReport
-from megatron_ultramem.preflight.verdict import Limits, Problem, by_host, find_problems, group_rates
+from megatron_ultramem.preflight.verdict import RATES, Limits, Problem, by_host, find_problems, group_rates
 from megatron_ultramem.training.agreement import config_hash
 from megatron_ultramem.training.checkpoint_folder import checkpoint_dir
 from megatron_ultramem.training.distributed import (
@@ -91,6 +91,7 @@ class _Checks:
             groups = network.groups_of_layout([found.host for found in reports])
             size = self.options.group_mebibytes or (64 if self.device.type == "cuda" else 1)
             self.report.groups = network.measure_groups(groups, self.device, size)
+            self.report.link_gb_s = network.link_gb_s([found.host for found in reports], self.device, size)
         return self._gather()
 
     def _measure_device(self) -> None:
@@ -141,10 +142,21 @@ def print_result(reports: Sequence[RankReport], problems: Sequence[Problem], con
     """A line for each host (its slowest rank), one for each kind of group, and the problems."""
     console.print(f"{len(reports)} ranks on {len(by_host(reports))} hosts; of each host its slowest rank")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("host", "ranks", "TFLOP/s", "copy GB/s", "from host GB/s", "write MB/s", "free GiB", "clock s"):
+    titles = (
+        "host",
+        "ranks",
+        "TFLOP/s",
+        "copy GB/s",
+        "from host GB/s",
+        "write MB/s",
+        "link GB/s",
+        "free GiB",
+        "clock s",
+    )
+    for title in titles:
         table.add_column(title, justify="left" if title == "host" else "right")
     for host, ranks in by_host(reports).items():
-        rates = (_least(ranks, name) for name in ("matmul_tflops", "copy_gb_s", "host_copy_gb_s", "write_mb_s"))
+        rates = (_least(ranks, name) for name in RATES)
         free = next((folder.free_gib for folder in ranks[0].folders if folder.free_gib is not None), None)
         skew = ranks[0].clock_skew_s
         table.add_row(host, str(len(ranks)), *rates, _number(free), "-" if skew is None else f"{skew:+.4f}")

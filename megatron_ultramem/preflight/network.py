@@ -16,6 +16,7 @@ from megatron_ultramem.preflight.local import REPEATS, synchronize
 from megatron_ultramem.preflight.report import GroupRate
 
 _PINGS = 10
+_PARTNERS = 3  # hosts that a host is paired with: a slow one makes its partners look slow, but not with the others
 
 
 def groups_of_layout(hosts: Sequence[str]) -> dict[str, dist.ProcessGroup]:
@@ -61,6 +62,52 @@ def measure_groups(groups: Mapping[str, dist.ProcessGroup], device: torch.device
         share = 4 * words * (size - 1) / size / 1e9
         rates.append(GroupRate(kind, tuple(dist.get_process_group_ranks(group)), 2 * share / reduce, share / exchange))
     return rates
+
+
+def link_gb_s(hosts: Sequence[str], device: torch.device, mebibytes: float) -> float | None:
+    """Bytes a second that this rank sends to and receives from a rank of another host at the same time, in the best of
+    some pairings of hosts; None where there is nobody to be paired with. Collective.
+
+    Collectives of a whole group are as slow as its slowest host and do not tell which it is; pairs do.
+    """
+    by_host: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        by_host.setdefault(host, []).append(rank)
+    if len(by_host) == 1:
+        return None
+    names = list(by_host)
+    mine = hosts[dist.get_rank()]
+    place = by_host[mine].index(dist.get_rank())
+    data = torch.zeros(max(1, int(mebibytes * 2**20) // 4), device=device)
+    out = torch.empty_like(data)
+    best = None
+    for pairs in pairings(len(names), _PARTNERS):
+        partner = names[pairs[names.index(mine)]] if names.index(mine) in pairs else None
+        peers = by_host[partner] if partner is not None else []
+        peer = peers[place] if place < len(peers) else None
+        seconds = _median_seconds(partial(_swap, data, out, peer), device)
+        if peer is not None:
+            best = max(best or 0.0, 4 * len(data) / seconds / 1e9)
+    return best
+
+
+def pairings(count: int, rounds: int) -> list[dict[int, int]]:
+    """Who meets whom in so many rounds, or all there are, of a tournament in which everybody meets everybody once.
+    With an odd count somebody rests."""
+    seats = list(range(count + count % 2))
+    found = []
+    for _ in range(min(rounds, len(seats) - 1)):
+        half = zip(seats, reversed(seats), strict=True)
+        found.append({one: other for one, other in half if one < count and other < count})
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+    return found
+
+
+def _swap(data: torch.Tensor, out: torch.Tensor, peer: int | None) -> None:
+    if peer is None:
+        return
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, data, peer), dist.P2POp(dist.irecv, out, peer)]):
+        work.wait()
 
 
 def clock_skew(

@@ -38,6 +38,7 @@ class RankReport:
     copy_gb_s: float | None = None  # on the device, bytes read and written
     host_copy_gb_s: float | None = None  # from pinned host memory to the GPU
     write_mb_s: float | None = None  # to the checkpoint folder, all ranks at once
+    link_gb_s: float | None = None  # to and from one rank of another host, all ranks at once; the best of some hosts
     folders: list[Folder] = field(default_factory=list)
     clock_skew_s: float | None = None  # of this host's clock against rank 0's; on the first rank of a host
     clock_error_s: float = 0.0  # how wrong that may be

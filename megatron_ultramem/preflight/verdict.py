@@ -11,11 +11,12 @@ from typing import TypeVar
 from megatron_ultramem.preflight.report import GroupRate, RankReport
 
 Key = TypeVar("Key")
-_RATES: dict[str, tuple[str, str]] = {  # attribute: (name, unit)
+RATES: dict[str, tuple[str, str]] = {  # attribute: (name, unit)
     "matmul_tflops": ("matrix products", "TFLOP/s"),
     "copy_gb_s": ("copies on the device", "GB/s"),
     "host_copy_gb_s": ("copies from the host", "GB/s"),
     "write_mb_s": ("writing to the checkpoint folder", "MB/s"),
+    "link_gb_s": ("exchange with other hosts", "GB/s"),
 }
 
 
@@ -114,7 +115,7 @@ def _wrong_clocks(reports: Sequence[RankReport], limit: float) -> Iterator[Probl
 
 def _slow_ranks(reports: Sequence[RankReport], limits: Limits) -> Iterator[Problem]:
     """Ranks that fall short of the median of their host."""
-    for attribute, (name, unit) in _RATES.items():
+    for attribute, (name, unit) in RATES.items():
         for host, ranks in by_host(reports).items():
             rates = {report.rank: rate for report in ranks if (rate := getattr(report, attribute)) is not None}
             for rank, rate, median in _short(rates, _tolerance(attribute, limits)):
@@ -124,7 +125,7 @@ def _slow_ranks(reports: Sequence[RankReport], limits: Limits) -> Iterator[Probl
 
 def _slow_hosts(reports: Sequence[RankReport], limits: Limits) -> Iterator[Problem]:
     """Hosts that are slow as a whole, by the median of their ranks."""
-    for attribute, (name, unit) in _RATES.items():
+    for attribute, (name, unit) in RATES.items():
         medians = {}
         for host, ranks in by_host(reports).items():
             rates = [rate for report in ranks if (rate := getattr(report, attribute)) is not None]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_ultramem.config import load_config
-from megatron_ultramem.preflight import local
+from megatron_ultramem.preflight import local, network
 from megatron_ultramem.preflight.command import Options, run_preflight
 from megatron_ultramem.preflight.report import RankReport
 from megatron_ultramem.preflight.verdict import Limits
@@ -77,6 +77,44 @@ def test_a_slow_rank_is_named(pool: WorkerPool, small_run: list[str], tmp_path: 
     settings = [*small_run, f"train.run_dir={tmp_path}", "train.global_batch_size=6"]
     for _, problems in pool.run(3, check, settings, None, 3, 2):
         assert any(problem.startswith("node-0: rank 2: matrix products at ") for problem in problems)
+
+
+def test_a_host_with_a_slow_link_is_named_and_not_its_partners(
+    pool: WorkerPool, small_run: list[str], tmp_path: Path
+) -> None:
+    settings = [*small_run, f"train.run_dir={tmp_path}", "train.global_batch_size=12"]
+    for reports, problems in pool.run(4, check_with_a_slow_link, settings, 2):
+        links = [report.link_gb_s or 0.0 for report in reports]
+        assert links[2] < 0.1 * min(links[:2] + links[3:])
+        slow = [problem for problem in problems if "exchange with other hosts" in problem]
+        assert len(slow) == 1 and slow[0].startswith("node-2: all of it: exchange with other hosts at ")
+
+
+def check_with_a_slow_link(settings: list[str], slow: int) -> tuple[list[RankReport], list[str]]:
+    """`check` on hosts of one rank each, in which what rank `slow` sends to another and receives comes late."""
+    swap = network._swap
+
+    def late(data: torch.Tensor, out: torch.Tensor, peer: int | None) -> None:
+        if peer is not None and int(os.environ["RANK"]) == slow:
+            time.sleep(0.3)
+        swap(data, out, peer)
+
+    network._swap = late
+    try:
+        return check(settings)
+    finally:
+        network._swap = swap
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 32])
+def test_hosts_are_paired_with_others_each_time(count: int) -> None:
+    rounds = network.pairings(count, 3)
+    assert len(rounds) == min(3, count - 1 + count % 2) if count > 1 else not any(rounds)
+    for pairs in rounds:
+        assert all(pairs[other] == one != other for one, other in pairs.items())
+        assert len(pairs) == count - count % 2
+    met = [(one, other) for pairs in rounds for one, other in pairs.items()]
+    assert len(met) == len(set(met))
 
 
 def test_a_clock_that_is_wrong_is_named(pool: WorkerPool, small_run: list[str], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def healthy() -> list[RankReport]:
                 copy_gb_s=2500 * noise,
                 host_copy_gb_s=55 * noise,
                 write_mb_s=900 * (1 + 0.2 * (rank % 3 - 1)),
+                link_gb_s=45 * noise,
                 folders=[Folder("checkpoint.dir", "/scratch", 900.0, 60.0)],
                 clock_skew_s=0.001 * host if local == 0 else None,
                 groups=[GroupRate("node", node, 400 * noise, 300 * noise), GroupRate("data", rail, 40.0, 30.0)],
@@ -71,6 +72,12 @@ CASES: dict[str, tuple[list[int], Callable[[RankReport], None], str]] = {
     "a_slow_host": (list(range(8, 16)), slow("matmul_tflops", 0.6), "node-1: all of it: matrix products"),
     "slow_writes_of_a_host": (list(range(8, 16)), slow("write_mb_s", 0.2), "node-1: all of it: writing"),
     "slow_links_of_a_host": (list(range(24, 32)), slow_links, "node-3: node group of ranks 24 to 31: all-reduce at 19"),
+    "slow_network_of_a_host": (
+        list(range(24, 32)),
+        slow("link_gb_s", 0.5),
+        "node-3: all of it: exchange with other hosts at 2",
+    ),
+    "slow_adapter_of_a_rank": ([19], slow("link_gb_s", 0.5), "node-2: rank 19: exchange with other hosts at 2"),
     "another_nccl": (
         [9, 10],
         other_version,
