@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 
 from megatron_ultramem.training.host_adam import AdamSettings, HostAdam
+from megatron_ultramem.training.host_memory import host_zeros
 
 
 @dataclass(eq=False)
@@ -177,16 +178,15 @@ def _take(
     on_device: Tensor = group["params"][place]
     lent, shape = on_device, on_device.shape
     has_master = param.dtype != torch.float32
-    master = torch.empty(on_device.numel(), dtype=torch.float32)
+    master, exp_avg, exp_avg_sq = (host_zeros(on_device.numel()) for _ in range(3))
     master.copy_(on_device.detach().view(-1))
     if has_master:
         lent = torch.zeros(1, dtype=torch.float32, device=param.device).expand(shape)
         tensor_parallel.copy_tensor_model_parallel_attributes(lent, param)
         group["params"][place] = lent
         param.main_param = None  # type: ignore[attr-defined]  # Megatron's reference to the copy on the device
-    exp_avg, exp_avg_sq = torch.zeros_like(master), torch.zeros_like(master)
     table = HostTable(
-        param, span, group, lent, master, exp_avg, exp_avg_sq, _staging(master.numel(), param.device),
+        param, span, group, lent, master, exp_avg, exp_avg_sq, host_zeros(master.numel(), pin_for=param.device),
         HostAdam(master, exp_avg, exp_avg_sq, backend),
     )  # fmt: skip
     table.state.update({"exp_avg": exp_avg.view(shape), "exp_avg_sq": exp_avg_sq.view(shape)})
@@ -231,17 +231,6 @@ def _create_state(part: MegatronOptimizer, lent: set[int]) -> None:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
                 if USING_PYTORCH_OPTIMIZER:
                     state["step"] = torch.tensor(0.0)
-
-
-def _staging(numel: int, device: torch.device) -> Tensor:
-    """Host memory that a GPU reads and writes by itself. Registered, because torch's pinned allocator rounds up to the
-    next power of two."""
-    buffer = torch.empty(numel, dtype=torch.float32)
-    if device.type == "cuda" and numel:
-        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), 4 * numel, 0)
-        if int(error) != 0:
-            raise MemoryError(f"{4 * numel / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(error)})")
-    return buffer
 
 
 def _own(name: str, value: Any, param: Tensor) -> Any:
