@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -65,11 +66,14 @@ def test_the_small_disk_is_full_while_it_is_filled(tmp_path: Path) -> None:
 
     try:
         with SmallDisk(tmp_path / "disk", 1) as disk:
-            filler = threading.Thread(target=disk.fill, args=(2.0,))
+            filler = threading.Thread(target=disk.fill, args=(4.0,))
             filler.start()
+            deadline = time.monotonic() + 60
+            while shutil.disk_usage(disk.folder).free:
+                assert filler.is_alive() and time.monotonic() < deadline
+                time.sleep(0.01)
             with pytest.raises(OSError, match="No space left"):
-                for number in range(10_000):
-                    (tmp_path / "disk" / str(number)).write_bytes(b"x" * 4096)
+                (tmp_path / "disk" / "meanwhile").write_bytes(b"x" * 4096)
             filler.join()
             (tmp_path / "disk" / "after").write_bytes(b"x" * 4096)
         assert not list((tmp_path / "disk").iterdir())

@@ -58,11 +58,12 @@ def wait_for_step(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:
 
 
 def start_at_once(cluster: Cluster, job: str, restarts: int) -> None:
-    """SLURM holds a requeued job back until the credentials of its last start have run out, two minutes."""
+    """SLURM holds a requeued job back for two minutes, because credentials of its last start are refused."""
     deadline = time.monotonic() + 60
     while (found := cluster.job(job))["Restarts"] != str(restarts) or found["JobState"] != "PENDING":
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
+    time.sleep(2.0)  # those of this very second have
     cluster.run("scontrol", "update", f"job={job}", "starttime=now")
 
 
