@@ -26,9 +26,19 @@ class Span:
 
 def forward_backward_only(run: Run, count: int) -> None:
     """Over `count` micro-batches on every rank, gradient reduction included; nothing is updated."""
+    ready(run)
+    passes(run, count)
+
+
+def ready(run: Run) -> None:
+    """What comes before the forward and backward of a step."""
     begin_step(run.memory_hooks)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
+
+
+def passes(run: Run, count: int) -> None:
+    """Forward and backward over `count` micro-batches on every rank, gradient reduction included."""
     forward_backward(
         run.config,
         run.megatron_config,

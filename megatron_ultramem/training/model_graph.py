@@ -45,7 +45,7 @@ class ModelGraph:
         }
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._inputs: dict[str, Tensor] = {}  # static, once a micro-batch was seen
-        self._shown = False
+        self._shown = self._released = False
         self.recorded = False
 
     def begin_step(self) -> None:
@@ -63,13 +63,13 @@ class ModelGraph:
         """Gives the graphs back; the model runs without."""
         self._forward.reset()
         self._backward.reset()
-        self._inputs, self.recorded = {}, False
+        self._inputs, self.recorded, self._released = {}, False, True
 
     def takes(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether `run` may stand in for the model on this micro-batch; without graphs, remembers what it is like."""
         if not (self._model.training and torch.is_grad_enabled()):
             return False
-        if not self._inputs:
+        if not self._inputs and not self._released:
             self._inputs = {name: torch.zeros_like(value) for name, value in inputs.items()}
         return self.recorded and all(
             value.shape == self._inputs[name].shape and value.dtype == self._inputs[name].dtype
