@@ -72,6 +72,7 @@ def _train(run: Run, log: RankLog) -> int:
         run.platform.device,
         config.logging.straggler_interval,
         run_dir / RANK_TIMES if run.is_main else None,
+        exchange_in_graphs=config.train.cuda_graphs != "none" and config.parallel.memory_parallel_size > 1,
     )
     profiler = _profiler(run)
     with progress, closing(logger), closing(profiler):

@@ -53,6 +53,7 @@ class ModelGraph:
         self._shown = False
         if self.recorded or not self._inputs:
             return
+        self._settle()
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self._record_forward(stream, pool)
         self._record_backward(stream, pool)
@@ -78,10 +79,16 @@ class ModelGraph:
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Losses [b, s]; in memory that the next call overwrites."""
+        self._settle()
         if not self._shown and any(layer._forward_pre_hooks or layer._forward_hooks for layer in self._layers):
             self._show(inputs)
         losses_BS: Tensor = _Replay.apply(self._anchor, self, inputs)
         return losses_BS
+
+    def _settle(self) -> None:
+        """Waits for updates of the tables by the host, which a replay would not see."""
+        for pool in self._pools:
+            pool.settle()
 
     def _show(self, inputs: Mapping[str, Tensor]) -> None:
         """Whoever watches memory layers sees the first micro-batch of the step in a forward that leaves no trace."""

@@ -40,16 +40,27 @@ def parts_of_step(seconds: Mapping[str, float]) -> dict[str, float]:
 class Stragglers:
     """Gathers the times of all ranks. Every method is a collective call."""
 
-    def __init__(self, spans: Spans, device: torch.device, interval: int, file: Path | None = None) -> None:
+    def __init__(
+        self,
+        spans: Spans,
+        device: torch.device,
+        interval: int,
+        file: Path | None = None,
+        *,
+        exchange_in_graphs: bool = False,
+    ) -> None:
         """
         Args:
             interval: steps between reports; 0: none.
             file: where reports leave the times of every rank, a JSON line each (on one rank).
+            exchange_in_graphs: the memory exchange is replayed as a part of CUDA graphs and cannot be told from the
+                passes: it is in the own times of ranks, and there is no metric of it.
 
         Attributes:
             interval: the same, but 0 where there is only one rank.
         """
         self._spans, self._device, self._file = spans, device, file
+        self._hidden = {"exchange"} if exchange_in_graphs else set()
         ranks = dist.get_world_size()
         self.interval = interval if ranks > 1 else 0
         self._hosts: list[str] = [""] * ranks
@@ -72,7 +83,8 @@ class Stragglers:
         self._total_RP += times_RP
         means = (times_RP.mean(dim=0) / steps).tolist()
         own_R = times_RP[:, PARTS.index("own")] / steps
-        return {f"time/{name}_s": mean for name, mean in zip(PARTS, means, strict=True)} | {
+        named = {f"time/{name}_s": mean for name, mean in zip(PARTS, means, strict=True) if name not in self._hidden}
+        return named | {
             "rank_time/least_s": float(own_R.min()),
             "rank_time/median_s": float(own_R.quantile(0.5)),
             "rank_time/most_s": float(own_R.max()),
@@ -95,12 +107,14 @@ class Stragglers:
             f"slowest of {len(own_R)} ranks over {steps} steps: rank {rank} on {self._hosts[rank]} with "
             f"{slowest['own']:.4g} s of its own a step (data {slowest['data']:.2g} s); median {median:.4g} s "
             f"({slowest['own'] / median - 1:+.0%})"
+            + ("; with the memory exchange, which CUDA graphs hide, and in which ranks wait" if self._hidden else "")
         )
 
     def _write(self, step: int, steps: int, times_RP: torch.Tensor) -> None:
         if self._file is None:
             return
-        parts = {f"{name}_s": times_R.tolist() for name, times_R in zip(PARTS, times_RP.T, strict=True)}
+        named = (found for found in zip(PARTS, times_RP.T, strict=True) if found[0] not in self._hidden)
+        parts = {f"{name}_s": times_R.tolist() for name, times_R in named}
         try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "steps": steps, "host": self._hosts, **parts}) + "\n")

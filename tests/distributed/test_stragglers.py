@@ -20,7 +20,9 @@ STEPS = 5
 DELAY = 0.1  # seconds a micro-batch
 
 
-def measure(overrides: list[str], slow_rank: int | None = None, where: str = "forward") -> tuple[dict[str, float], str]:
+def measure(
+    overrides: list[str], slow_rank: int | None = None, where: str = "forward", in_graphs: bool = False
+) -> tuple[dict[str, float], str]:
     """Metrics and report of a few steps in which one rank is slow at something."""
     run = set_up(load_config(None, overrides))
     if torch.distributed.get_rank() == slow_rank:
@@ -35,7 +37,7 @@ def measure(overrides: list[str], slow_rank: int | None = None, where: str = "fo
 
             run.train_data[0]._read = slow_read  # type: ignore[method-assign]
     file = Path(run.config.train.run_dir) / f"times_{torch.distributed.get_rank()}.jsonl"
-    stragglers = Stragglers(run.spans, run.platform.device, 1, file)
+    stragglers = Stragglers(run.spans, run.platform.device, 1, file, exchange_in_graphs=in_graphs)
     assert stragglers.interval == (1 if run_ranks() > 1 else 0)
     for _ in range(STEPS):
         with run.spans.step():
@@ -47,6 +49,7 @@ def measure(overrides: list[str], slow_rank: int | None = None, where: str = "fo
     written = json.loads(line)
     assert (written["step"], written["steps"], len(written["host"])) == (STEPS, STEPS - 1, run_ranks())
     assert max(written["own_s"]) == pytest.approx(metrics["rank_time/most_s"])
+    assert ("exchange_s" in written) == ("time/exchange_s" in metrics) == (not in_graphs)
     assert sum(written["data_s"]) / run_ranks() == pytest.approx(metrics["time/data_s"])
     return metrics, report
 
@@ -79,6 +82,14 @@ def test_the_exchange_is_measured_and_is_not_a_ranks_own_time(pool: WorkerPool, 
         assert metrics["rank_time/slowest_rank"] == 1
         parts = metrics["time/forward_s"] + metrics["time/backward_s"] - metrics["time/exchange_s"]
         assert metrics["time/own_s"] == pytest.approx(parts)
+
+
+def test_an_exchange_that_cannot_be_measured_is_no_metric_and_the_report_says_so(
+    pool: WorkerPool, small_run: list[str]
+) -> None:
+    settings = [*small_run, "parallel.memory_parallel_size=2", "parallel.memory_placement=rows"]
+    for _, report in pool.run(2, measure, settings, None, "forward", True):
+        assert report.endswith("; with the memory exchange, which CUDA graphs hide, and in which ranks wait")
 
 
 def test_a_slow_stage_makes_a_bubble_on_the_other(pool: WorkerPool, small_run: list[str]) -> None:

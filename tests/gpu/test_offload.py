@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,13 @@ from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.setup import set_up
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.workers import WorkerPool
+from tests.gpu.test_training import TE
+from tests.gpu.test_training import WIDE as FOR_GRAPHS
 
 pytestmark = pytest.mark.gpu
 STEPS = 4
 BACKENDS = ["torch", "deepspeed"]
+GRAPHS = [("bf16", "memory"), ("bf16", "full")]
 WIDE = ["model.memory.num_keys=200", "model.memory.value_dim=64", "model.memory.pre_value_dim=64"]
 
 
@@ -75,20 +81,32 @@ def test_it_trains_as_on_the_device_and_frees_the_state(
     assert on_device["bytes"] - on_host["bytes"] > 0.9 * state
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_overlap_changes_no_bit_on_a_gpu(gpus: WorkerPool, small_run: list[str], precision: str) -> None:  # noqa: F811
+@pytest.mark.parametrize(("precision", "graphs"), [("fp32", "none"), ("bf16", "none"), *GRAPHS])
+def test_the_overlap_changes_no_bit_on_a_gpu(
+    gpus: WorkerPool,
+    small_run: list[str],  # noqa: F811
+    precision: str,
+    graphs: str,
+) -> None:
     settings = [*small_run, *WIDE, "optimizer.value_offload=torch", f"train.precision={precision}"]
-    settings += ["train.deterministic=true"]
+    settings += [*FOR_GRAPHS, TE, "train.deterministic=true", f"train.cuda_graphs={graphs}"]
     (overlapped,), (waiting,) = (gpus.run(1, train_waiting, settings, wait) for wait in (False, True))
     assert overlapped["losses"] == waiting["losses"]
     for name, wanted in waiting["tables"].items():
         np.testing.assert_array_equal(overlapped["tables"][name], wanted, err_msg=name)
 
 
+def late(update: Callable[..., None], *args: Any) -> None:
+    time.sleep(0.05)
+    update(*args)
+
+
 def train_waiting(overrides: list[str], wait: bool) -> dict[str, Any]:
-    """`train` with, or without, waiting for the host at the end of every step."""
+    """`train` with, or without, waiting for the host at the end of every step; the host takes its time."""
     run = set_up(load_config(None, overrides))
     assert isinstance(run.optimizer, OffloadingOptimizer)
+    for table in run.optimizer.tables:
+        table.adam.update = partial(late, table.adam.update)  # type: ignore[method-assign]
     losses = []
     for _ in range(STEPS):
         losses.append(train_step(run)["loss"])
