@@ -8,7 +8,7 @@ Every case is a run of its own on `--ranks` GPUs, all with one memory-parallel g
 (benchmarks/results/memory_parallel_<hardware>.json), means over one rank's micro-batches where not said otherwise:
   tokens_per_s                 forward and backward of 4 micro-batches on every rank, all ranks together
   tokens_per_s_with_optimizer  whole steps of as many
-  step_cost_percent            step time over that of `replicated` (with CUDA graphs: `replicated_graphs`), less 100 %
+  step_cost_percent            step time over that of `replicated` with the same kind of CUDA graphs, less 100 %
   exchange_mb                  received in forward and backward, by the run-time counter
   exchange_ms, exchange_gb_s   time of the all-to-all kernels, each on the rank that came to it last (the others wait
                                in theirs), and the rate
@@ -41,7 +41,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MICRO_BATCHES = 4  # of a rank, per measured step
 WARM_UP_STEPS, MEASURED_STEPS = 3, 3
 BYTES_OF_A_PARAMETER = 2 + 4 + 12  # bf16, its fp32 gradient, fp32 weight and two moments
-BESIDE_FFN, GRAPHS = "parallel.overlap_exchange=true", "train.cuda_graphs=memory"
+BESIDE_FFN = "parallel.overlap_exchange=true"
+GRAPHS, FULL_GRAPHS = "train.cuda_graphs=memory", "train.cuda_graphs=full"
+ALL_FIT = "parallel.exchange_capacity=1e9"  # room for everything, whatever the number of ranks
 CASES = {
     "replicated": ["replicated"],
     "rows": ["rows"],
@@ -49,10 +51,14 @@ CASES = {
     "rows_static_overlap": ["rows", BESIDE_FFN, "parallel.exchange_capacity=1.25"],
     "columns": ["columns"],
     "columns_overlap": ["columns", BESIDE_FFN],
-    "rows_graphs": ["rows", GRAPHS, "parallel.exchange_capacity=2"],
+    "rows_graphs": ["rows", GRAPHS, ALL_FIT],
     "replicated_graphs": ["replicated", GRAPHS],
     "columns_graphs": ["columns", GRAPHS],
     "columns_overlap_graphs": ["columns", BESIDE_FFN, GRAPHS],
+    "replicated_full_graphs": ["replicated", FULL_GRAPHS],
+    "columns_full_graphs": ["columns", FULL_GRAPHS],
+    "columns_overlap_full_graphs": ["columns", BESIDE_FFN, FULL_GRAPHS],
+    "rows_overlap_full_graphs": ["rows", BESIDE_FFN, FULL_GRAPHS, ALL_FIT],
     "too_large_for_one": ["columns", BESIDE_FFN, "model.memory.num_keys=1130"],
 }
 
@@ -267,7 +273,8 @@ def _color(kernel: str) -> str:
 
 
 def _cost(rows: list[Row], case: str) -> list[Row]:
-    base = "replicated_graphs" if case.endswith("_graphs") else "replicated"
+    suffix = next(suffix for suffix in ("_full_graphs", "_graphs", "") if case.endswith(suffix))
+    base = f"replicated{suffix}"
     step = {row.case: row.value for row in rows if row.metric == "step_ms"}
     if case == base or base not in step or case not in step:
         return []
