@@ -1,8 +1,11 @@
 # The two commands of the README are `make quickstart` and `make test`; both set up the environment if it is not there.
+# `make test MEGATRON=0.19.2` tests with that version of Megatron-Core, in an environment of its own; lint and types go
+# by the version that constraints.txt names.
 
-VENV ?= .venv
+VENV ?= .venv$(if $(MEGATRON),-megatron-$(MEGATRON))
+MINOR := $(if $(filter-out 0.16.%,$(MEGATRON)),12,11)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, $(MINOR)))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -11,11 +14,11 @@ READY := $(VENV)/.ready
 quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
-test: lint
+test: $(if $(MEGATRON),$(READY),lint)
 	$(BIN)/python -m pytest
 
 # The slow part too.
-test-all: lint
+test-all: $(if $(MEGATRON),$(READY),lint)
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(READY)
@@ -27,11 +30,12 @@ bench: $(READY)
 	$(BIN)/python tools/bench_kernels.py
 
 $(READY): setup.py constraints.txt $(wildcard kernels/*/__init__.py)
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.$(MINOR) or newer is needed; name it: make PYTHON=/path/to/python3 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	sed 's/^megatron-core==.*/$(if $(MEGATRON),megatron-core==$(MEGATRON),&)/' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-megatron-* runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

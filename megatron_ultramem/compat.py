@@ -1,4 +1,5 @@
-"""The differences between the supported Megatron-Core versions (0.16.1 to 0.19), all in this file.
+"""The differences between the supported Megatron-Core versions (0.16.1 to 0.19), all in this file, and repairs of what
+none of them does right.
 
 Call `platform.prepare()` before importing it: it imports megatron.
 """
@@ -7,12 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import megatron.core
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -21,6 +27,10 @@ MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")
 # Since 0.17 the fields for submodules of a layer hold callable builders; before, ModuleSpecs.
 _HAS_MOE_TRACKER = importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None
 BUILDERS = MCORE_VERSION >= (0, 17)
+COMMON_FILE, COMMON_STATE = "common.pt", "common_state"
+# What tells an optimizer's parameter groups apart in every version.
+GROUP_NAME = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+WRITER_LOG = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 def module_slot(module: type, **params: Any) -> Any:
@@ -82,6 +92,60 @@ def forget_moe_losses() -> None:
         get_moe_layer_wise_logging_tracker().clear()
 
 
+def start_save(state: dict[str, Any], folder: Path, content: dict[str, Any]) -> AsyncRequest:
+    """Begins a checkpoint of what `state` describes; what is returned writes it. Collective.
+
+    Args:
+        content: metadata that goes along.
+    """
+    options: dict[str, Any] = {}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # the other one is nvidia-resiliency-ext, another package
+    request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, content_metadata=content, **options)
+    assert isinstance(request, AsyncRequest)
+    if request.async_fn is not None:  # this rank has something to write
+        request = request._replace(async_fn=functools.partial(_write_telling_why, request.async_fn))
+    return request
+
+
+def write_common_file(folder: Path) -> None:
+    """Gives a checkpoint that was just written the file of what is not sharded, if it has none, so that every version
+    loads it: 0.19 puts that among the tensors, under the key `COMMON_STATE`, but reads the file where there is one."""
+    if not (folder / COMMON_FILE).exists():
+        torch.save(dist_checkpointing.load_common_state_dict(str(folder)), folder / COMMON_FILE)
+
+
+def _write_telling_why(write: Callable[..., None], rank: int, buckets: list[Any], results: Any) -> None:
+    """Runs a checkpoint's writer so that a failure in its queue of results says why: 0.19 gives the class of the error
+    there, and the rest to its log alone."""
+    causes: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        _, found, cause = record.getMessage().partition("encountered an error: ")
+        if found:
+            causes.append(cause)
+        return True
+
+    logger = logging.getLogger(WRITER_LOG)
+    logger.filters.insert(0, note)  # before those that drop the message
+    try:
+        write(rank, buckets, _Results(results, causes))
+    finally:
+        logger.filters.remove(note)
+
+
+class _Results:
+    """A writer's queue of results, with the first of the causes that were found in place of a failure without it."""
+
+    def __init__(self, queue: Any, causes: list[str]) -> None:
+        self._queue, self._causes = queue, causes
+
+    def put(self, result: Any) -> None:
+        if isinstance(result, Exception) and self._causes and self._causes[0] not in str(result):
+            result = RuntimeError(self._causes[0])
+        self._queue.put(result)
+
+
 def install_adam_checkpoint_fix() -> None:
     """Lets DistributedOptimizer save and load the state of torch.optim.AdamW, with which it steps where neither Apex
     nor Transformer Engine brings an Adam of its own. Its checkpoint code expects theirs. Does nothing with those."""
@@ -131,9 +195,10 @@ def install_adam_checkpoint_fix() -> None:
 def padding_kept(optimizer: Any) -> Iterator[None]:
     """Within it, DistributedOptimizer describes its state for `fully_reshardable` checkpoints with the right numbers.
 
-    Megatron (0.16) lays the buckets of a buffer end to end without the padding between them, and then cuts parameters
-    out of the result at their places in the padded buffer: after the first bucket whose size is not a multiple of its
-    alignment, every parameter would be saved with the state of its neighbours, and the last one cut short.
+    Megatron (0.16 to 0.19) lays the buckets of a buffer end to end without the padding between them, and then cuts
+    parameters out of the result at their places in the padded buffer: after the first bucket whose size is not a
+    multiple of its alignment, every parameter would be saved with the state of its neighbours, and the last one cut
+    short.
     """
     saved: list[tuple[Any, int]] = []
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -152,8 +217,7 @@ def padding_kept(optimizer: Any) -> Iterator[None]:
 def share_step(state: dict[Any, Any]) -> None:
     """Gives all parts of a chained optimizer's state the same AdamW step. A checkpoint keeps rank 0's alone, and a kind
     of parameter that rank 0 has none of never stepped there."""
-    parts = [part for part in state.values() if isinstance(part, dict)] if 0 in state else [state]
-    inner = [part.get("optimizer", part) for part in parts]
+    inner = _parts_of_state(state)
     groups = [group for part in inner for group in part["param_groups"] if "step" in group]
     counters = [part["state"] for part in inner if "state" in part]
     steps = [group["step"] for group in groups] + [state.get("common_step", 0) for state in counters]
@@ -162,6 +226,27 @@ def share_step(state: dict[Any, Any]) -> None:
         group["step"] = latest
     for counter in counters:
         counter["common_step"] = latest
+
+
+def keep_settings(state: dict[Any, Any], optimizer: Any) -> None:
+    """Gives the parameter groups of a loaded optimizer state this run's learning rates, decay and betas in place of the
+    checkpoint's. Before it is loaded, because 0.19 tells groups apart by rates and decay too."""
+
+    def name(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in GROUP_NAME)
+
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part, loaded in zip(parts, _parts_of_state(state), strict=True):
+        ours = {name(group): group for group in part.optimizer.param_groups}
+        for group in loaded["param_groups"]:
+            settings = ours.get(name(group), {})
+            group.update({key: value for key, value in settings.items() if key not in ("params", "step")})
+
+
+def _parts_of_state(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Of a chained optimizer's state, or the one of an optimizer that is not chained."""
+    parts = [part for _, part in sorted(state.items()) if isinstance(part, dict)] if 0 in state else [state]
+    return [part.get("optimizer", part) for part in parts]
 
 
 def separate_step_counters(optimizer: Any) -> None:

@@ -16,11 +16,22 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     # torch: barriers without a device use this process's GPU, which is what we mean.
     warnings.filterwarnings("ignore", message=r".*barrier\(\): using the device under current context.*")
-    # Megatron: what a checkpoint writer failed with, which our CheckpointError says too.
-    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").addFilter(
-        lambda record: "encountered an error" not in record.getMessage()
-    )
-    # Megatron up to 0.17 says so of every `mlp` class that it does not know, which ours is meant to be.
-    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-        lambda record: "Unknown MLP type" not in record.getMessage()
-    )
+    for logger, beginning in _MESSAGES:
+        logging.getLogger(logger).addFilter(
+            lambda record, beginning=beginning: beginning not in record.getMessage()  # type: ignore[misc]
+        )
+
+
+# Loggers of Megatron, and a part of what they need not say.
+_MESSAGES = (
+    # What a checkpoint writer failed with: our CheckpointError says it too.
+    ("megatron.core.dist_checkpointing.strategies.filesystem_async", "encountered an error"),
+    ("megatron.core.dist_checkpointing.strategies.filesystem_async", "An error is caught while"),
+    # Up to 0.17, of every `mlp` class that it does not know, which ours is meant to be.
+    ("megatron.core.transformer.transformer_layer", "Unknown MLP type"),
+    # From 0.19 on, of what it is used for here, and of what it then computes itself.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "async save is deprecated"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+    ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided"),
+)

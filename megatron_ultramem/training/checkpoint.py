@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ultramem.compat import separate_step_counters
+from megatron_ultramem.compat import keep_settings, separate_step_counters, start_save, write_common_file
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, DamagedCheckpointError, UserError, lost_another_rank
@@ -123,13 +122,7 @@ class CheckpointManager:
         with whole_parameters(self.chunks), self._write_errors(save):
             state: dict[str, Any] = contents.model_state(self.model)
             state.update(contents.training_state(state, self.optimizer, loading=False))
-            request = dist_checkpointing.save(
-                state,
-                str(save.draft),
-                async_sharded_save=True,
-                content_metadata={**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA},
-            )
-            assert isinstance(request, AsyncRequest)
+            request = start_save(state, save.draft, {**contents.MODEL_METADATA, **contents.OPTIMIZER_METADATA})
             if request.async_fn is not None:  # this rank has something to write
                 request = request._replace(async_fn=partial(checksums.write_and_sum, request.async_fn))
             request.add_finalize_fn(lambda: self._publish(save, record))
@@ -182,8 +175,8 @@ class CheckpointManager:
         state.update(contents.training_state(state, self.optimizer, loading=True, with_rng=with_rng))
         loaded = contents.load_sharded(state, folder, ignore=() if with_rng else ("rng",))
         _fill(self.model, loaded)
-        with contents.settings_kept(self.optimizer):
-            self.optimizer.load_state_dict(loaded["optimizer"])
+        keep_settings(loaded["optimizer"], self.optimizer)
+        self.optimizer.load_state_dict(loaded["optimizer"])
         separate_step_counters(self.optimizer)
         self.scheduler.num_steps = 0
         self.scheduler.step(record.step)
@@ -235,6 +228,7 @@ class CheckpointManager:
         def complete() -> None:
             if failures := [failure for _, failure in parts if failure]:
                 raise OSError(failures[0])
+            write_common_file(save.draft)
             save_config(self.config, save.draft / "config.yaml")
             (save.draft / "run.json").write_text(record.to_json())
             checksums.complete_sums(save.draft, {name: digest for part, _ in parts for name, digest in part.items()})

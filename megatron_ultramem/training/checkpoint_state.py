@@ -8,8 +8,7 @@ them are saved in run.json.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,7 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ultramem import __version__
-from megatron_ultramem.compat import padding_kept, share_step
+from megatron_ultramem.compat import COMMON_STATE, padding_kept, share_step
 from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, UserError
@@ -59,23 +58,6 @@ def training_state(
     if with_rng:
         state["rng"] = _rng_state()
     return state
-
-
-@contextmanager
-def settings_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Loading brings back the learning rates, decay and betas of the checkpoint; those of this run's settings hold."""
-    before = [
-        {name: value for name, value in group.items() if name not in ("params", "step")}
-        for group in _parameter_groups(optimizer)
-    ]
-    yield
-    for group, settings in zip(_parameter_groups(optimizer), before, strict=True):
-        group.update(settings)
-
-
-def _parameter_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [group for part in parts for group in part.optimizer.param_groups]
 
 
 def restore_rng(state: dict[str, Any]) -> None:
@@ -228,7 +210,7 @@ def load_sharded(state: dict[str, Any], folder: Path, *, ignore: tuple[str, ...]
             state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
         )
         failure = _misfits(
-            {key for key in left_over if not key.startswith(ignore) and not is_extra_state(key)},
+            {key for key in left_over if not key.startswith((*ignore, COMMON_STATE)) and not is_extra_state(key)},
             {key for key in missing if not is_extra_state(key)},
         )
         if failure:
