@@ -24,6 +24,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "numpy",
         "omegaconf>=2.3",
+        "packaging",
         "pyyaml",
         "rich",
         "psutil",  # megatron's checkpoint writer hangs without it

@@ -17,11 +17,12 @@ from typing import Any
 
 import megatron.core
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 # Since 0.17 the fields for submodules of a layer hold callable builders; before, ModuleSpecs.
@@ -53,6 +54,17 @@ def build_ffn(slot: Any, config: Any, pg_collection: ProcessGroupCollection, is_
     groups = {"tp_group": pg_collection.tp} if slot.module is MLP else {"pg_collection": pg_collection}
     module: torch.nn.Module = build_module(slot, config=config, **groups)
     return module
+
+
+def context_parallel_part(batch: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of tensors [B, S, ...] under context parallelism (`attention_mask`: [B, 1, S, S], cut along its
+    third axis): of twice as many pieces of the sequence as ranks, one from the front and its counterpart from the back.
+    """
+    options: dict[str, Any] = {"cp_group": parallel_state.get_context_parallel_group()}
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        options["is_hybrid_cp"] = False
+    part: dict[str, Any] = get_batch_on_this_cp_rank(batch, **options)
+    return part
 
 
 def moe_losses(names: list[str], num_microbatches: int, config: Any) -> dict[str, torch.Tensor]:

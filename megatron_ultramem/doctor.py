@@ -16,11 +16,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 OK, ABSENT, PROBLEM = "ok", "absent", "problem"
+MEGATRON = ">=0.16.1,<0.20"  # versions of Megatron-Core, as in setup.py
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,17 @@ def _software() -> list[Finding]:
         effect = "collectives between GPUs" if nccl else "no training on more than one GPU"
         findings.append(Finding(group, "NCCL", OK if nccl else PROBLEM, nccl or "not in this torch", effect))
         findings.append(_cudnn(group))
-    megatron = version_of("megatron-core")
-    effect = "layers, parallelism, optimizer, checkpoints" if megatron else "`ultramem train` and `generate` do not run"
-    findings.append(Finding(group, "Megatron-Core", OK if megatron else PROBLEM, megatron or "not installed", effect))
-    return findings
+    return [*findings, _megatron(group)]
+
+
+def _megatron(group: str) -> Finding:
+    version = version_of("megatron-core")
+    if version is None:
+        effect = f"`ultramem train` and `generate` do not run; supported: {MEGATRON}"
+        return Finding(group, "Megatron-Core", PROBLEM, "not installed", effect)
+    if version not in SpecifierSet(MEGATRON):
+        return Finding(group, "Megatron-Core", PROBLEM, version, f"training may fail; supported: {MEGATRON}")
+    return Finding(group, "Megatron-Core", OK, version, "layers, parallelism, optimizer, checkpoints")
 
 
 # (name shown, distribution, module, with it, without it)

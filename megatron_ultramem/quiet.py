@@ -16,9 +16,12 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     # torch: barriers without a device use this process's GPU, which is what we mean.
     warnings.filterwarnings("ignore", message=r".*barrier\(\): using the device under current context.*")
-    for logger, beginning in _MESSAGES:
+    # torch: how Megatron from 0.19 on reads what is not sharded, which one rank may well do alone.
+    warnings.filterwarnings("ignore", message=".*The argument order of load has been changed.*")
+    warnings.filterwarnings("ignore", message=".*assuming the intent is to (load|save) in a single process.*")
+    for logger, part in _MESSAGES:
         logging.getLogger(logger).addFilter(
-            lambda record, beginning=beginning: beginning not in record.getMessage()  # type: ignore[misc]
+            lambda record, part=part: part not in record.getMessage()  # type: ignore[misc]
         )
 
 

@@ -13,9 +13,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from megatron_ultramem.compat import context_parallel_part
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.auxiliary import AuxiliaryLossScale
 from megatron_ultramem.training.model_graph import ModelGraph
@@ -74,7 +74,7 @@ def _forward_step(
     packed = _packed_documents(batch, device)
     batch = {name: _to_device(value, device) for name, value in batch.items()}
     if config.parallel.context_parallel_size > 1:
-        batch = get_batch_on_this_cp_rank(batch)
+        batch = context_parallel_part(batch)
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
     if graph is not None and graph.takes(inputs):
         return graph.run(inputs), partial(_loss, batch["loss_mask"])

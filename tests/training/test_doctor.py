@@ -2,14 +2,16 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from megatron_ultramem.doctor import ABSENT, OK, PROBLEM, collect, import_error, render, summarise_links
+from megatron_ultramem.doctor import ABSENT, MEGATRON, OK, PROBLEM, collect, import_error, render, summarise_links
 
 TOPOLOGY = """\
 \tGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tCPU Affinity\tNUMA Affinity
@@ -47,6 +49,18 @@ def test_versions_of_what_runs_here_are_reported():
     assert named(findings, "Megatron-Core").status == OK
     assert named(findings, "Python").found == sys.version.split()[0]
     assert "GiB" in named(findings, "RAM").found
+
+
+def test_versions_of_megatron_are_judged_as_the_package_requires_them(tmp_path):
+    required = re.search(r'"megatron-core(.*)"', (Path(__file__).parents[2] / "setup.py").read_text())
+    assert required is not None and required[1] == MEGATRON
+    for version, status in (("0.16.1", OK), ("0.19.2", OK), ("0.15.0", PROBLEM), ("0.20.0", PROBLEM)):
+        metadata = tmp_path / version / f"megatron_core-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {version}\n")
+        found = in_fresh_interpreter(tmp_path / version)["Megatron-Core"]
+        assert (found["found"], found["status"]) == (version, status)
+        assert (MEGATRON in found["effect"]) == (status == PROBLEM)
 
 
 def test_everything_looked_for_is_reported_with_what_it_changes():
