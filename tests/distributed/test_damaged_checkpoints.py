@@ -147,4 +147,5 @@ def _save_without_writer(overrides: list[str], fate: str) -> tuple[str, bool, bo
         run.checkpoints.finish(blocking=True)
         return "no error", True, True
     except CheckpointError as error:
-        return str(error), any(run.checkpoints.folder.glob(".saving-*")), psutil.pid_exists(writer.pid)
+        _, alive = psutil.wait_procs([writer], timeout=10)
+        return str(error), any(run.checkpoints.folder.glob(".saving-*")), bool(alive)
