@@ -67,6 +67,11 @@ def context_parallel_part(batch: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
+def graphed_parts(parts: list[str]) -> dict[str, list[str]]:
+    """The setting of TransformerConfig that names the parts of a layer which CUDA graphs record."""
+    return {"cuda_graph_modules" if MCORE_VERSION >= (0, 19) else "cuda_graph_scope": parts}
+
+
 def moe_losses(names: list[str], num_microbatches: int, config: Any) -> dict[str, torch.Tensor]:
     """Means over MoE layers and micro-batches of auxiliary losses that routers recorded since they were forgotten, by
     Megatron's names for them. A collective call. config: Megatron's TransformerConfig."""
@@ -91,17 +96,19 @@ def moe_losses(names: list[str], num_microbatches: int, config: Any) -> dict[str
     return found
 
 
-def forget_moe_losses() -> None:
-    """Starts the record of routers' auxiliary losses anew."""
+def forget_moe_losses(*, in_place: bool = False) -> None:
+    """Starts the record of routers' auxiliary losses anew; in place where CUDA graphs write to it."""
     if _HAS_MOE_TRACKER:
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
         get_moe_metrics_tracker().clear()
     else:
-        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+        from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 
-        # Megatron's own clearing keeps the length, which is the number of layers of this process's first model.
-        get_moe_layer_wise_logging_tracker().clear()
+        if in_place:
+            clear_aux_losses_tracker()
+        else:  # that would keep the length, which is the number of layers of this process's first model
+            get_moe_layer_wise_logging_tracker().clear()
 
 
 def start_save(state: dict[str, Any], folder: Path, content: dict[str, Any]) -> AsyncRequest:

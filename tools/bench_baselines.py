@@ -54,6 +54,8 @@ class Way:
 
 PRESET, ROUTER, ALLGATHER = "preset=throughput", "model.moe.router_fusion=true", "model.moe.dispatcher=allgather"
 CUTLASS = (("NVTE_USE_CUTLASS_GROUPED_GEMM", "1"),)  # one launch for all experts, where cuBLAS has one for each
+# Of attention and routers; Megatron's do not go with weight gradients that are fused into their GEMMs.
+GRAPHS = ("train.cuda_graphs=layers", "train.fused_weight_gradients=false")
 PRESET_AND_PLAIN = {"throughput": Way((PRESET,)), "plain": Way()}
 # The most promising way of each recipe comes first.
 WAYS: dict[str, dict[str, Way]] = {
@@ -61,8 +63,10 @@ WAYS: dict[str, dict[str, Way]] = {
     "olmoe_227m_1b": {
         "throughput": Way((PRESET, ROUTER)),
         "throughput_cutlass": Way((PRESET, ROUTER), CUTLASS),
+        "graphs_cutlass": Way((PRESET, ROUTER, *GRAPHS), CUTLASS),
         "throughput_allgather_cutlass": Way((PRESET, ROUTER, ALLGATHER), CUTLASS),
         "mcore_throughput_cutlass": Way((PRESET, ROUTER), CUTLASS),
+        "mcore_graphs_cutlass": Way((PRESET, ROUTER, *GRAPHS), CUTLASS),
         "mcore_throughput_allgather": Way((PRESET, ROUTER, ALLGATHER)),
         "plain": Way(),
         "router_fusion": Way((ROUTER,)),

@@ -7,7 +7,7 @@ The recipes (benchmarks/configs) agree in active and total parameters within 1 %
 documents of the Python packages of this machine: different files, every fiftieth held out; the tokenizer is a BPE
 trained on them.
 Each run trains until its share of the time is over, with the learning rate held and then decayed over the last fifth,
-and is evaluated on the held-out text on the way. On GPUs memory layers run as CUDA graphs.
+and is evaluated on the held-out text on the way. On GPUs both train with preset=throughput.
 
 Everything ends after --seconds: runs that still go on are ended, and the results are of what was logged. Writes
 learning_curve.md, learning_curve.png and learning_curve_<hardware>.json. Settings as in tools/compare.py.
@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [ROOT / "benchmarks" / "configs" / f"{name}.yaml" for name in ("ultramemv2_49m_228m", "moe_49m_228m")]
 LARGEST_DIFFERENCE = 0.01  # in active and in total parameters
 HELD_OUT = 0.02
+ON_GPUS = ["preset=throughput", "data.num_workers=2"]
 MOST_EPOCHS = 4  # of the text, whatever the time
 # Of a run that are no training: start, model and kernels before it, the last checkpoint after it; and of the report.
 START_SECONDS, REPORT_SECONDS = 60, 20
@@ -79,7 +80,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _compare(args: argparse.Namespace, began: float, folder: Path) -> int:
-    settings = [*_settings(args.recipes), *args.settings]
+    settings = [*(ON_GPUS if torch.cuda.is_available() else []), *args.settings]
     same_size([load_recipe(path, settings) for path in args.recipes])
     settings += make_text(args.text, _vocabulary(load_recipe(args.recipes[0], settings)), folder / "data")
     recipes = [load_recipe(path, [*settings, f"data.cache_dir={folder}/cache"]) for path in args.recipes]
@@ -100,14 +101,6 @@ def _compare(args: argparse.Namespace, began: float, folder: Path) -> int:
     for trial in failed:
         print(f"{trial.recipe.name}, seed {trial.seed}: failed, or was ended before its time", file=sys.stderr)
     return int(bool(failed))
-
-
-def _settings(recipes: Sequence[Path]) -> list[str]:
-    """What only a GPU takes: read the data ahead, and spare the host the launches of memory layers."""
-    if not torch.cuda.is_available():
-        return []
-    with_memory = [path for path in recipes if load_recipe(path, []).config.model.memory.layers != "none"]
-    return ["data.num_workers=2", *(f"{path.stem}:train.cuda_graphs=memory" for path in with_memory)]
 
 
 def same_size(recipes: Sequence[Recipe]) -> None:

@@ -452,8 +452,9 @@ class TrainConfig:
         "none",
         "What is recorded as CUDA graphs, which spare the host most of its launches: memory (the memory layers, with "
         "value tables replicated or by columns, without pipeline parallelism), full (the whole model; needs "
+        "Transformer Engine), layers (Megatron's: attention, routers and dense FFNs of models without memory; needs "
         "Transformer Engine), or none.",
-        choices=("none", "memory", "full"),
+        choices=("none", "memory", "full", "layers"),
     )
     cross_entropy: str = setting(
         "megatron",

@@ -24,6 +24,9 @@ def validate_cuda_graphs(config: Config) -> None:
         ("parallel.pipeline_parallel_size", p.pipeline_parallel_size, (1,)),
         ("parallel.overlap_param_gather", p.overlap_param_gather, (False,)),
     ]
+    if train.cuda_graphs == "layers":
+        _check(config, [*rules, *_rules_of_layers(config)], "none")
+        return
     if train.cuda_graphs == "memory":
         if not has_memory:
             raise _refusal(config, "model.memory.layers", m.memory.layers, "at least one layer", "none")
@@ -46,6 +49,21 @@ def validate_cuda_graphs(config: Config) -> None:
         raise _refusal(config, "parallel.exchange_capacity", p.exchange_capacity, needed, "none")
     if train.cuda_graphs == "full":
         _check(config, _rules_of_whole_models(config), "memory or none" if has_memory else "none")
+
+
+def _rules_of_layers(config: Config) -> list[Rule]:
+    m, train = config.model, config.train
+    return [
+        ("model.memory.layers", m.memory.layers, ("none",)),  # memory layers have graphs of their own
+        ("model.backend", m.backend, ("auto", "transformer_engine")),
+        ("model.attention_dropout", m.attention_dropout, (0.0,)),
+        ("model.hidden_dropout", m.hidden_dropout, (0.0,)),
+        ("data.mask_document_boundaries", config.data.mask_document_boundaries, (False,)),
+        ("train.recompute", train.recompute, ("none",)),
+        ("train.precision", train.precision, ("bf16",)),  # of the inputs that Megatron records with
+        ("train.fused_weight_gradients", train.fused_weight_gradients, (False,)),  # DDP would not see them in a replay
+        ("train.fp8.recipe", train.fp8.recipe, ("none",)),
+    ]
 
 
 def _rules_of_whole_models(config: Config) -> list[Rule]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ultramem.compat import graphed_parts
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_fp8 import fp8_format
 from megatron_ultramem.memory.geometry import parse_layers
@@ -83,7 +84,16 @@ def transformer_config(config: Config, backend: str) -> TransformerConfig:
         kwargs.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.train.recompute == "selective":
         kwargs.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if config.train.cuda_graphs == "layers":
+        kwargs |= {"cuda_graph_impl": "transformer_engine", **graphed_parts(_graphed_parts(config))}
     return TransformerConfig(**kwargs, **_moe_settings(config, te), **_fp8_settings(config))
+
+
+def _graphed_parts(config: Config) -> list[str]:
+    """Of layers, what Megatron's CUDA graphs record."""
+    m = config.model
+    with_moe = len(parse_layers(m.moe.layers, m.num_layers, "model.moe.layers"))
+    return ["attn"] + ["moe_router"] * (with_moe > 0) + ["mlp"] * (with_moe < m.num_layers)
 
 
 def _fp8_settings(config: Config) -> dict[str, Any]:

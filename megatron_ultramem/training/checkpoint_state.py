@@ -67,15 +67,17 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tracker = tensor_parallel.get_cuda_rng_tracker()
-    tracker.set_states({**tracker.get_states(), **_shared(state["tracker"])})
+    states = tracker.get_states()
+    wanted = {name: value for name, value in _shared(state["tracker"]).items() if name in _shared(states)}
+    tracker.set_states({**states, **wanted})
 
 
 def _shared(states: dict[str, Any]) -> dict[str, Any]:
-    """Megatron's generators without that of expert parameters: it differs between the ranks that share a state, and
-    nothing is drawn from it (parameters have generators of their own)."""
-    return {
-        name: value for name, value in states.items() if name != tensor_parallel.get_expert_parallel_rng_tracker_name()
-    }
+    """Megatron's generators without those that nothing is drawn from: of expert parameters, which differs between the
+    ranks that share a state (parameters have generators of their own); and of graphs of layers, which have no dropout
+    (they are no tensors)."""
+    expert = tensor_parallel.get_expert_parallel_rng_tracker_name()
+    return {name: value for name, value in states.items() if name != expert and isinstance(value, torch.Tensor)}
 
 
 def _rng_state() -> ShardedObject:

@@ -68,7 +68,10 @@ def initialize_model_parallel(config: Config) -> None:
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(p.timeout_minutes)),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+    # Megatron's graphs ask for Transformer Engine's record of generators; a process keeps the one that it made first.
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        config.train.seed, te_rng_tracker=config.train.cuda_graphs == "layers", force_reset_rng=True
+    )
 
 
 def destroy_distributed() -> None:

@@ -131,7 +131,7 @@ def _train(run: Run, log: RankLog) -> int:
 def train_step(run: Run) -> Metrics:
     """One optimizer step; nothing is updated if its loss or its gradient is wrong (see `anomalies.py`)."""
     begin_step(run.memory_hooks)
-    forget_moe_losses()
+    forget_moe_losses(in_place=run.config.train.cuda_graphs == "layers")
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()

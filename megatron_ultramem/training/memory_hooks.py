@@ -14,9 +14,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 
+from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.tucker_layer import refresh_layers
 from megatron_ultramem.model.build import memory_layers, value_pools
+from megatron_ultramem.training.layer_graphs import LayerGraphs
 from megatron_ultramem.training.memory_graphs import MemoryGraphs
 from megatron_ultramem.training.model_graph import ModelGraph
 
@@ -24,10 +26,11 @@ from megatron_ultramem.training.model_graph import ModelGraph
 class MemoryHooks:
     """Connects the memory layers and pools of one model chunk with the chunk's DDP.
 
-    cuda_graphs: 'memory': the layers run as CUDA graphs from the second step on; 'full': the whole chunk; or 'none'.
+    config: `train.cuda_graphs` memory: the layers run as CUDA graphs from the second step on; full: the whole chunk;
+    layers: its transformer layers, as far as Megatron records them; or none.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel, *, cuda_graphs: str = "none") -> None:
+    def __init__(self, ddp: DistributedDataParallel, chunk: GPTModel, config: Config) -> None:
         self.ddp = ddp
         self.layers = memory_layers([chunk])
         self.pools = value_pools([chunk])
@@ -37,11 +40,14 @@ class MemoryHooks:
         if ddp.ddp_config.overlap_param_gather:
             for layer in self.layers:
                 layer.register_forward_pre_hook(self._before_forward)
-        self.graphs: MemoryGraphs | ModelGraph | None = None
+        self.graphs: MemoryGraphs | ModelGraph | LayerGraphs | None = None
+        cuda_graphs = config.train.cuda_graphs
         if cuda_graphs == "memory":
             self.graphs = MemoryGraphs(self.layers, self._gradients_ready)
         elif cuda_graphs == "full":
             self.graphs = ModelGraph(ddp.module, self.layers, self.pools)
+        elif cuda_graphs == "layers":
+            self.graphs = LayerGraphs(ddp, config.data.sequence_length, config.train.micro_batch_size)
 
     def begin_step(self) -> None:
         """Recomputes what the layers derive from their parameters once per optimizer step.

@@ -47,7 +47,7 @@ def wrap_chunks(
         module: torch.nn.Module = Float16Module(megatron_config, chunk) if megatron_config.bf16 else chunk
         ddp = DistributedDataParallel(megatron_config, ddp_config, module, disable_bucketing=number > 0)
         wrapped.append(ddp)
-        hooks.append(MemoryHooks(ddp, chunk, cuda_graphs=config.train.cuda_graphs))
+        hooks.append(MemoryHooks(ddp, chunk, config))
     return wrapped, hooks
 
 

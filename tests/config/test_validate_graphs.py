@@ -8,6 +8,7 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.errors import ConfigError
 
 GRAPHS, FULL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
+LAYERS, PLAIN = "train.cuda_graphs=layers", ["model.memory.layers=none"]
 P2 = "parallel.memory_parallel_size=2"
 
 
@@ -96,4 +97,26 @@ def test_whole_models_with_static_sizes_can_be_recorded(layout: list[str]) -> No
 def test_whole_models_that_cannot_be_recorded_are_refused(setting: str, more: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match="train.cuda_graphs = full") as refused:
         load_config(None, [FULL, setting, *more])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("moe", ["none", "0-3", "all"])
+def test_layers_without_memory_can_be_recorded_by_megatron(moe: str) -> None:
+    found = load_config(None, [LAYERS, *PLAIN, f"model.moe.layers={moe}"])
+    assert found.train.cuda_graphs == "layers"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.memory.layers=all", "model.memory.layers = all; legal: none"),
+        ("model.backend=local", "model.backend = local; legal: auto or transformer_engine"),
+        ("train.precision=fp32", "train.precision = fp32; legal: bf16"),
+        ("train.fused_weight_gradients=true", "train.fused_weight_gradients = true; legal: false"),
+        ("parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size = 2; legal: 1"),
+    ],
+)
+def test_layers_that_megatron_cannot_record_are_refused(setting: str, said: str) -> None:
+    with pytest.raises(ConfigError, match="train.cuda_graphs = layers") as refused:
+        load_config(None, [LAYERS, *PLAIN, setting])
     assert said in str(refused.value)

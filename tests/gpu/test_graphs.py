@@ -14,11 +14,12 @@ from tests.gpu.test_memory_parallel import BESIDE_FFN
 from tests.gpu.test_training import BF16, TE, WIDE
 
 pytestmark = pytest.mark.gpu
-MEMORY, FULL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
+MEMORY, FULL, LAYERS = (f"train.cuda_graphs={graphs}" for graphs in ("memory", "full", "layers"))
 GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP
 STEPS = 4
 FP8_WIDTHS = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
 AUXILIARY = ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1"]
+MOE = ["model.moe.layers=all", "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=32"]
 SETTINGS = {
     "memory": (1, MEMORY, []),
     "memory_auxiliary_losses": (1, MEMORY, AUXILIARY),
@@ -26,6 +27,8 @@ SETTINGS = {
     "memory_columns_overlap": (2, MEMORY, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "memory_rows": (2, MEMORY, [P2, ROWS, f"{STATIC}=2"]),
     "memory_rows_overlap": (2, MEMORY, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
+    "layers_dense": (1, LAYERS, ["model.memory.layers=none"]),
+    "layers_moe": (1, LAYERS, ["model.memory.layers=none", *MOE]),
     "full": (1, FULL, []),
     "full_auxiliary_losses": (1, FULL, AUXILIARY),
     "full_dropout": (1, FULL, ["model.hidden_dropout=0.1"]),
