@@ -84,6 +84,8 @@ def _speed(run: Run, case: str) -> list[Row]:
         Row(case, "peak_gib", peak, "GiB"),
         Row(case, "step_ms", step_seconds * 1e3, "ms"),
     ]
+    if run.is_main:
+        print(f"{case}: {tokens / seconds:,.0f} tokens/s, {tokens / step_seconds:,.0f} with optimizer", flush=True)
     possible = peak_bf16_flops(torch.cuda.get_device_name()) if run.platform.is_cuda else None
     if possible is not None:
         rows.append(Row(case, "mfu", 100.0 * reached / possible, "% of the bf16 peak"))
