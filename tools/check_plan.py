@@ -35,7 +35,8 @@ CASES: dict[str, tuple[list[str], int]] = {
     "as_is": ([], 1),
     "recompute_memory": (["model.memory.recompute=true"], 1),
     "recompute_full_twice_the_micro_batch": (["train.recompute=full"], 2),
-    "cuda_graphs": (["train.cuda_graphs=memory"], 1),
+    "memory_graphs": (["train.cuda_graphs=memory"], 1),
+    "throughput": (["preset=throughput"], 1),
 }
 MICRO_BATCHES = 4  # in a step
 WARM_UP_STEPS, MEASURED_STEPS = 2, 3

@@ -31,6 +31,7 @@ class Options:
     sequence_length: int
     recompute: str  # 'none', 'selective', 'full'
     recompute_memory: bool
+    fused_loss: bool = False  # train.cross_entropy=transformer_engine
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ LOOKUP_FORWARD = 0.74  # rows of 384 bytes: 2482 GB/s
 LOOKUP_BACKWARD = 0.70
 COARSE_PASS = 0.58  # reads every side score: 1.03 ps a score of 2 bytes
 
-LOSS_PASSES = 32  # bytes moved for a logit, both directions, beside the matrix products
+LOSS_BYTES_MOVED = 32  # for a logit, both directions, beside the matrix products
+FUSED_LOSS_BYTES_MOVED = 12  # train.cross_entropy=transformer_engine: bf16, read twice, written; scaled in the backward
 ADAM_BYTES = 38  # for a parameter of a rank's share: gradient twice, master and moments in and out, the new weight
 GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and read, and added to main_grad in fp32
+FUSED_GRADIENT_BYTES = 8  # train.fused_weight_gradients: added in the product's epilogue
 
 # Kernel launches (of Cluster.launch_us, with what Python does around each), forward and backward of one micro-batch.
 # From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 168.9 ms for 20 with

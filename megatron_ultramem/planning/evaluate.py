@@ -98,6 +98,7 @@ class Evaluator:
             self.work.sequence_length,
             config.train.recompute,
             config.model.memory.recompute,
+            config.train.cross_entropy == "transformer_engine",
         )
         stages = [
             (stage.number, stage_memory(self.work, layout, stage, options, self.cluster.fragmentation))
@@ -136,7 +137,9 @@ def on_cluster(config: Config, cluster: Cluster) -> Config:
 def with_recompute(config: Config, mode: str) -> Config:
     """A copy in that recompute mode, without CUDA graphs where they do not go with it."""
     _, recompute, memory = next(found for found in RECOMPUTE_MODES if found[0] == mode)
-    graphs = config.train.cuda_graphs if mode in ("none", "selective") else "none"
+    graphs = config.train.cuda_graphs
+    if mode not in (("none", "selective") if graphs == "memory" else ("none",)):
+        graphs = "none"
     model = dataclasses.replace(config.model, memory=dataclasses.replace(config.model.memory, recompute=memory))
     return dataclasses.replace(
         config, model=model, train=dataclasses.replace(config.train, recompute=recompute, cuda_graphs=graphs)

@@ -81,7 +81,7 @@ class KernelTimes:
             ),
         )
 
-    def output(self, layout: Layout) -> tuple[Times, Times]:
+    def output(self, layout: Layout, *, fused_loss: bool = False) -> tuple[Times, Times]:
         """Of output layer and loss."""
         work, hidden = self.work, self.work.model.hidden_size
         tokens, shard = _tokens(work, layout), work.vocabulary / layout.tensor
@@ -89,12 +89,14 @@ class KernelTimes:
         matmul = self._matmul(
             tokens * work.logits_flops / layout.tensor, layout.element * (hidden * shard + logits + tokens * hidden)
         )
-        loss = logits * c.LOSS_PASSES / (c.ELEMENTWISE * self.bandwidth)
+        moved = c.FUSED_LOSS_BYTES_MOVED if fused_loss else c.LOSS_BYTES_MOVED
+        loss = logits * moved / (c.ELEMENTWISE * self.bandwidth)
         return Times(matmul=matmul, loss=loss / 2), Times(matmul=2 * matmul, loss=loss / 2)
 
-    def gradients(self, parameters: float) -> float:
+    def gradients(self, parameters: float, *, fused: bool = False) -> float:
         """Of adding the gradients of so many weights to main_grad."""
-        return parameters * c.GRADIENT_BYTES / (c.COPY * self.bandwidth)
+        moved = c.FUSED_GRADIENT_BYTES if fused else c.GRADIENT_BYTES
+        return parameters * moved / (c.COPY * self.bandwidth)
 
     def adam(self, own: float, held: float) -> float:
         """Of the optimizer: `own` parameters are stepped here, `held` gradients are cleared."""

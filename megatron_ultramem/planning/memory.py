@@ -78,7 +78,8 @@ def stage_memory(
     activations = in_flight * sum(count * (left if recompute else whole[layer]) for layer, count in stage.layers)
     if stage.has_output:  # input and output of the final norm, once: the last stage runs its backward at once
         activations += 2 * left
-    loss = work.vocabulary / layout.tensor * tokens * LOSS_BYTES[options.backend, size] if stage.has_output else 0.0
+    a_logit = size if options.fused_loss else LOSS_BYTES[options.backend, size]  # fused: in place
+    loss = work.vocabulary / layout.tensor * tokens * a_logit if stage.has_output else 0.0
     workspace = max(_workspace(work, layout, layer, options, tokens) for layer, _ in stage.layers)
     if recompute:
         workspace += max(whole.values())

@@ -98,14 +98,15 @@ class TimeModel:
             forward, backward = forward + (ahead + to) * count, backward + (back + fro) * count
             launches += count * number
         if stage.has_output:
-            ahead, back = self.kernels.output(layout)
+            fused_loss = config.train.cross_entropy == "transformer_engine"
+            ahead, back = self.kernels.output(layout, fused_loss=fused_loss)
             forward, backward = forward + ahead, backward + back
         to_ends, from_ends = stage_tensor_traffic(self.work, layout, links, stage)
         neighbours = 0.0 if config.parallel.overlap_p2p else pipeline_traffic(self.work, layout, links, stage).seconds
         forward += Times(tensor_comm=to_ends.seconds, pipeline_comm=neighbours / 2)
         backward += Times(tensor_comm=from_ends.seconds, pipeline_comm=neighbours / 2)
-        kept = rank_parameters(self.work, layout, stage)
-        backward += Times(elementwise=self.kernels.gradients(kept.dense + kept.experts))
+        kept, fused = rank_parameters(self.work, layout, stage), config.train.fused_weight_gradients
+        backward += Times(elementwise=self.kernels.gradients(kept.dense + kept.experts, fused=fused))
         host = self.cluster.launch_us / 1e6
         return (
             _waiting_for_host(forward, host * launches * c.FORWARD_SHARE),
@@ -135,6 +136,8 @@ class TimeModel:
     def _launches(self, config: Config, layout: Layout, layer: Layer) -> float:
         """Forward and backward of one micro-batch."""
         p = layer.parameters
+        if config.train.cuda_graphs == "full":  # two for the whole model
+            return 0.0
         number = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
         if layer.has_memory and config.train.cuda_graphs == "memory":
             number += c.GRAPH_LAUNCHES
