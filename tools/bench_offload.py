@@ -10,9 +10,10 @@ Every case is a run of its own on one GPU. Cases of the recipe as it is:
 and with tables so large (`--keys` per side; by default as large as it takes) that parameters, gradient and optimizer
 state of the tables alone exceed the GPU's memory:
   too_large_on_device          must end out of memory: `trains` is 0
-  too_large_torch, too_large_deepspeed   the faster of the two
+  too_large_deepspeed          (or too_large_torch, without it) must train
 Rows: `trains`; `step_ms`, median of whole steps; `step_cost_percent`, over that of on_device; `host_update_ms`, from
-the end of a step until the tables are updated; `peak_gib` of the GPU, and `predicted_gib`, the planner's (with its
+the end of a step until the tables are updated, and what it consists of, each alone: `gradients_to_host_ms`, `adam_ms`,
+`values_to_device_ms`; `peak_gib` of the GPU, and `predicted_gib`, the planner's (with its
 allowance for fragmentation), against `gpu_gib`; `host_peak_gib` of the process; `set_up_s`; `loss_first`, `loss_last`;
 `table_parameters`, and `tables_with_state_gib`, of 18 bytes a parameter on the device. Results go to
 benchmarks/results/offload_<hardware>.json as they come. No checkpoint is written.
@@ -31,7 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,6 +48,7 @@ from megatron_ultramem.planning.command import vocabulary
 from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.results import Row, short_hardware_name, write_results
+from megatron_ultramem.training.host_adam import use_threads
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 WARMUP_STEPS = 2
@@ -83,7 +88,7 @@ def compare(args: argparse.Namespace) -> list[Row]:
     """Rows of all cases, each written when it is there."""
     large = f"model.memory.num_keys={args.keys or keys_beyond_the_gpu(args)}"
     rows: list[Row] = []
-    step_ms: dict[str, float] = {}
+    step_ms = measured_before(args.output)
 
     def run(case: str, *settings: str) -> None:
         if args.only and case not in args.only:
@@ -101,14 +106,20 @@ def compare(args: argparse.Namespace) -> list[Row]:
             print(f"{case} ({time.monotonic() - began:.0f} s): {figures} -> {written}", file=sys.stderr, flush=True)
 
     offload = "optimizer.value_offload="
+    backends = ["torch", *(["deepspeed"] if importlib.util.find_spec("deepspeed") else [])]
     run("on_device", offload + "none")
-    run("torch", offload + "torch")
-    if importlib.util.find_spec("deepspeed"):
-        run("deepspeed", offload + "deepspeed")
+    for name in backends:
+        run(name, offload + name)
     run("too_large_on_device", offload + "none", large)
-    best = min((name for name in ("torch", "deepspeed") if name in step_ms), key=step_ms.__getitem__, default="torch")
-    run(f"too_large_{best}", offload + best, large)
+    run(f"too_large_{backends[-1]}", offload + backends[-1], large)
     return rows
+
+
+def measured_before(folder: Path) -> dict[str, float]:
+    """Times of steps in the results file, by case; for cases that are left out now."""
+    path = folder / f"offload_{short_hardware_name()}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["case"]: row["value"] for row in rows if row["metric"] == "step_ms"}
 
 
 def keys_beyond_the_gpu(args: argparse.Namespace) -> int:
@@ -189,6 +200,7 @@ def measure(args: argparse.Namespace) -> Figures:
                 param.numel() for param in run.model[0].parameters() if getattr(param, "is_value_table", False)
             )
         peak = torch.cuda.max_memory_allocated() if run.platform.is_cuda else 0
+        parts = parts_of_update(run.optimizer) if config.optimizer.value_offload != "none" else {}
         destroy_distributed()
     figures = {
         "trains": (1.0, ""),
@@ -202,8 +214,33 @@ def measure(args: argparse.Namespace) -> Figures:
         "tables_with_state_gib": (BYTES_ON_DEVICE * tables / GIB, "GiB"),
     }
     if config.optimizer.value_offload != "none":
+        figures |= parts
         figures["host_update_ms"] = (1e3 * update_seconds, "ms")
     return figures
+
+
+def parts_of_update(optimizer: Any) -> Figures:
+    """What an update of all tables consists of, one after the other; the tables are of no use afterwards."""
+    cuda = optimizer.tables[0].param.device.type == "cuda"
+
+    def timed(action: Callable[[Any], object]) -> tuple[float, str]:
+        began = time.perf_counter()
+        for table in optimizer.tables:
+            action(table)
+        if cuda:
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - began), "ms"
+
+    with torch.no_grad(), ThreadPoolExecutor(1, initializer=use_threads, initargs=(None,)) as worker:
+        return {
+            "gradients_to_host_ms": timed(lambda table: table.grad.copy_(table.device_grad, non_blocking=True)),
+            "adam_ms": timed(lambda table: worker.submit(table.adam.update, table.grad, 10, table.settings()).result()),
+            "values_to_device_ms": timed(
+                lambda table: table.values.copy_(
+                    table.grad.view(table.values.dtype)[: table.values.numel()], non_blocking=True
+                )
+            ),
+        }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """AdamW in host memory: DeepSpeed's vectorised one (extra `deepspeed`), or torch's fused one.
 
-It works through its tensors in chunks: what follows an update (the copy back to the device) can start with the first
-one, and DeepSpeed's kernel, which keeps Python's lock, lets other threads go on in between.
+It works through its tensors in chunks: what goes before an update (the gradient's way to the host) and what follows it
+(the way back of the values) go on beside it, and DeepSpeed's kernel, which keeps Python's lock, lets go of it in
+between.
 """
 
 from __future__ import annotations
@@ -72,17 +73,25 @@ class HostAdam:
         self._counts_in_tensors = backend == "torch"
 
     def update(
-        self, grad: Tensor, step: int, settings: AdamSettings, updated: Callable[[slice], None] = lambda chunk: None
+        self,
+        grad: Tensor,
+        step: int,
+        settings: AdamSettings,
+        *,
+        wait_for: Callable[[int], None] = lambda number: None,
+        updated: Callable[[slice], None] = lambda chunk: None,
     ) -> None:
         """One update by the gradient [N] (fp32, host).
 
         Args:
             step: number of this update, from 1.
+            wait_for: called with the number of each chunk before its gradient is read.
             updated: called with each chunk when it is done.
         """
         (group,) = self._optimizer.param_groups
         group.update(vars(settings) if self._counts_in_tensors else _bias_corrected(step, settings))
-        for param, chunk in zip(self._params, self.chunks, strict=True):
+        for number, (param, chunk) in enumerate(zip(self._params, self.chunks, strict=True)):
+            wait_for(number)
             before: Any = torch.tensor(float(step - 1)) if self._counts_in_tensors else step - 1
             self._optimizer.state[param]["step"] = before
             param.grad = grad[chunk]

@@ -71,7 +71,7 @@ class OffloadingOptimizer(ChainedOptimizer):
             torch.cuda.empty_cache()  # of the master weights that were taken
             self._out, self._in = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
             for table in self.tables:
-                table.fetched, table.arrived = torch.cuda.Event(), torch.cuda.Event()
+                table.fetched, table.arrived = [torch.cuda.Event() for _ in table.adam.chunks], torch.cuda.Event()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -140,8 +140,9 @@ class OffloadingOptimizer(ChainedOptimizer):
             self._out.wait_stream(main)
             with torch.cuda.stream(self._out):
                 for table in self.tables:
-                    table.grad.copy_(table.device_grad, non_blocking=True)
-                    table.fetched.record(self._out)  # type: ignore[union-attr]
+                    for chunk, fetched in zip(table.adam.chunks, table.fetched, strict=True):
+                        table.grad[chunk].copy_(table.device_grad[chunk], non_blocking=True)
+                        fetched.record(self._out)
             main.wait_stream(self._out)  # the next step clears the gradients
             self._in.wait_stream(main)  # what reads the old values was queued before
         else:
@@ -152,22 +153,24 @@ class OffloadingOptimizer(ChainedOptimizer):
             table.pending = self._worker.submit(self._update, table, table.step, table.settings())
 
     def _update(self, table: HostTable, step: int, settings: AdamSettings) -> None:
-        if table.fetched is not None:
-            table.fetched.synchronize()
         values = table.values
+
+        def wait_for(number: int) -> None:
+            if table.fetched:
+                table.fetched[number].synchronize()
 
         def send(chunk: slice) -> None:
             if table.arrived is None:
                 values[chunk].copy_(table.master[chunk])
                 return
-            # The place of the gradient is free now, and pinned.
+            # The place of the chunk's gradient is free now, and pinned.
             staged = table.grad[chunk].view(values.dtype)[: chunk.stop - chunk.start]
             staged.copy_(table.master[chunk])
             with torch.cuda.stream(self._in):
                 values[chunk].copy_(staged, non_blocking=True)
 
         with torch.no_grad():
-            table.adam.update(table.grad, step, settings, send)
+            table.adam.update(table.grad, step, settings, wait_for=wait_for, updated=send)
         if table.arrived is not None:
             table.arrived.record(self._in)
 

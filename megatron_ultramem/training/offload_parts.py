@@ -40,7 +40,7 @@ class HostTable:
     adam: HostAdam
     step: int = 0  # updates so far
     pending: Future[None] | None = None  # of the update under way
-    fetched: torch.cuda.Event | None = None  # the gradient has arrived at the host
+    fetched: list[torch.cuda.Event] = field(default_factory=list)  # of each chunk: its gradient is on the host (GPU)
     arrived: torch.cuda.Event | None = None  # the new values have arrived at the device
     state: dict[str, Any] = field(default_factory=dict)  # as Megatron sees it
 

@@ -144,7 +144,7 @@ def _train_with_a_broken_host(overrides: list[str]) -> str:
     train_step(run)
     _offload(run).settle(_offload(run).tables)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("the host is out of order")
 
     _offload(run).tables[0].adam.update = fail  # type: ignore[method-assign]

@@ -29,7 +29,12 @@ def test_updates_equal_those_of_torch(backend: str, numel: int, chunk: int) -> N
         settings = AdamSettings(lr=1e-2 / step, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1 * (step % 2))
         grad = torch.randn(numel, generator=generator) * 10.0 ** (step - 3)
         done: list[slice] = []
-        adam.update(grad, step, settings, done.append)
+        late = torch.full_like(grad, torch.nan)  # until it is waited for
+
+        def arrive(number: int, late: torch.Tensor = late, grad: torch.Tensor = grad) -> None:
+            late[adam.chunks[number]] = grad[adam.chunks[number]]
+
+        adam.update(late, step, settings, wait_for=arrive, updated=done.append)
         expected.param_groups[0].update(vars(settings))
         reference.grad = grad
         expected.step()
