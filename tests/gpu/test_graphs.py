@@ -18,32 +18,24 @@ MEMORY, FULL, LAYERS = (f"train.cuda_graphs={graphs}" for graphs in ("memory", "
 GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP
 STEPS = 4
 FP8_WIDTHS = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
-AUXILIARY = ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1"]
+LOSSES = ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1", "data.mask_eod_loss=true"]
+KERNELS = ["train.cross_entropy=transformer_engine", "train.norms=ultramem", "train.fused_weight_gradients=true"]
+FP8 = ["train.fp8.recipe=tensorwise", "train.fused_weight_gradients=true", *FP8_WIDTHS]
+STATIC_ROWS = [P2, ROWS, f"{STATIC}=2"]
 MOE = ["model.moe.layers=all", "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=32"]
 SETTINGS = {
-    "memory": (1, MEMORY, []),
-    "memory_auxiliary_losses": (1, MEMORY, AUXILIARY),
-    "memory_columns": (2, MEMORY, [P2, COLUMNS]),
+    "memory": (1, MEMORY, LOSSES),
     "memory_columns_overlap": (2, MEMORY, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
-    "memory_rows": (2, MEMORY, [P2, ROWS, f"{STATIC}=2"]),
-    "memory_rows_overlap": (2, MEMORY, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
+    "memory_rows_overlap": (2, MEMORY, [*STATIC_ROWS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "layers_dense": (1, LAYERS, ["model.memory.layers=none"]),
     "layers_moe": (1, LAYERS, ["model.memory.layers=none", *MOE]),
-    "full": (1, FULL, []),
-    "full_auxiliary_losses": (1, FULL, AUXILIARY),
-    "full_dropout": (1, FULL, ["model.hidden_dropout=0.1"]),
+    "full": (1, FULL, ["model.hidden_dropout=0.1", *LOSSES]),
     "full_without_memory": (1, FULL, ["model.memory.layers=none"]),
-    "full_loss_mask": (1, FULL, ["data.mask_eod_loss=true"]),
-    "full_kernels": (
-        1,
-        FULL,
-        ["train.cross_entropy=transformer_engine", "train.norms=ultramem", "train.fused_weight_gradients=true"],
-    ),
-    "full_fp8": (1, FULL, ["train.fp8.recipe=tensorwise", *FP8_WIDTHS]),
+    "full_kernels": (1, FULL, KERNELS),
+    "full_fp8": (1, FULL, FP8),
     "full_data_parallel": (2, FULL, []),
-    "full_columns": (2, FULL, [P2, COLUMNS]),
     "full_columns_overlap": (2, FULL, [P2, COLUMNS, BESIDE_FFN]),
-    "full_rows_overlap": (2, FULL, [P2, ROWS, f"{STATIC}=2", BESIDE_FFN]),
+    "full_rows_overlap": (2, FULL, [*STATIC_ROWS, BESIDE_FFN]),
 }
 
 

@@ -12,11 +12,12 @@ from tests.gpu.test_training import BF16, TE, WIDE
 
 pytestmark = pytest.mark.gpu
 CASES = {
-    "eager": [],
-    "auxiliary_losses": ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1"],
-    "loss_mask": ["data.mask_eod_loss=true"],
+    "eager": [
+        "model.memory.balance_loss_coeff=0.01",
+        "model.memory.tucker_penalty_coeff=0.1",
+        "data.mask_eod_loss=true",
+    ],
     "documents": ["data.mask_document_boundaries=true"],
-    "memory_graphs": ["train.cuda_graphs=memory"],
     "throughput": ["preset=throughput"],
 }
 
