@@ -6,12 +6,15 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.reporting import load_run
+from megatron_ultramem.reporting.comparison_files import write_comparison
+from megatron_ultramem.reporting.trials import Budget, Trial, load_recipe, run_trials
 from megatron_ultramem.training.preprocess import preprocess
 from megatron_ultramem.training.stdlib_corpus import stdlib_files
 from tests.tools.scripts import script
@@ -92,6 +95,20 @@ def test_a_run_that_fails_costs_the_others_nothing(recipes: list[str], tmp_path:
     assert done.returncode == 2 and "moe, seed 1234: the run in" in done.stderr
     assert "train.device" in done.stdout  # the end of its output
     assert re.search(r"\| dense \|", (tmp_path / "comparison.md").read_text())
+
+
+@pytest.mark.slow
+def test_runs_that_go_on_at_the_deadline_are_ended_and_what_they_logged_is_shown(
+    recipes: list[str], tmp_path: Path
+) -> None:
+    budget = Budget(steps=20_000)
+    trials = [Trial(load_recipe(Path(recipe), []), 1, budget, 1, tmp_path) for recipe in recipes]
+    began = time.monotonic()
+    failed = run_trials(trials, at_once=2, deadline=began + 30)
+    assert failed == trials and 30 <= time.monotonic() - began < 40
+    table, _, _ = write_comparison(trials, tmp_path / "out")
+    for name in RECIPES:
+        assert f"| {name} |" in table.read_text()
 
 
 @pytest.mark.parametrize(
