@@ -123,10 +123,7 @@ def _memory(plan: Plan, console: Console) -> None:
     table.add_row("", *("fits" if shown.fits else "too large" for shown in modes.values()))
     console.print(table)
     if on_host := host_memory(plan.shown.layout, plan.shown.parameters.tables):
-        console.print(
-            f"The value tables' optimizer takes {on_host / GIB:.2f} GiB of host memory a rank. The times below leave "
-            "their update there out, which tools/bench_offload.py measures."
-        )
+        console.print(f"The value tables' optimizer takes {on_host / GIB:.2f} GiB of host memory a rank.")
 
 
 def _communication(plan: Plan, console: Console) -> None:

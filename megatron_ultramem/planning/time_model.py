@@ -161,11 +161,12 @@ class TimeModel:
         if p.overlap_param_gather:
             parameters = max(0.0, parameters - forward.total)
         shards, table_shards = (layout.data * layout.context, layout.expert_data) if p.distributed_optimizer else (1, 1)
-        # The host updates them while the next forward pass runs, if that is long enough.
-        tables = 0 if layout.tables_on_host else kept.tables
-        own = kept.dense / shards + (kept.experts + tables) / table_shards
+        on_host = kept.tables / table_shards if layout.tables_on_host else 0.0
+        own = kept.dense / shards + (kept.experts + kept.tables) / table_shards - on_host
+        # The next forward pass waits for the host in the first layer that looks up in a table, mostly one of the first.
+        adam = self.kernels.adam(own, kept.total) + on_host / c.HOST_ADAM_RATE
         host = stage.num_layers * c.STEP_LAUNCHES * self.cluster.launch_us / 1e6
-        return Times(gradient_comm=gradients + parameters, optimizer=self.kernels.adam(own, kept.total) + host)
+        return Times(gradient_comm=gradients + parameters, optimizer=adam + host)
 
 
 def _waiting_for_host(times: Times, launching: float) -> Times:

@@ -48,7 +48,7 @@ def test_offload_moves_the_optimizer_of_tables_to_the_host() -> None:
     assert host.memory == dataclasses.replace(device.memory, table_optimizer=0.0)
     tables = device.parameters.tables
     assert host_memory(host.layout, tables) == 16 * tables / 2 and host_memory(device.layout, tables) == 0
-    assert host.time.times.optimizer < device.time.times.optimizer
+    assert host.time.times.optimizer > device.time.times.optimizer
 
 
 def test_memory_parallel_splits_tables_and_nothing_else() -> None:
