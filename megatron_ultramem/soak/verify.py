@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_ultramem.training.checkpoint_safety import refuse_code
 from megatron_ultramem.training.checksums import SUMS_FILE, find_damage
 
 
@@ -33,9 +34,10 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+    refuse_code(checkpoint)  # all that follows would run it
     with tempfile.TemporaryDirectory() as folder:
         dcp_to_torch_save(checkpoint, Path(folder) / "whole.pt")
-        whole: dict[str, Any] = torch.load(Path(folder) / "whole.pt", weights_only=False)
+        whole: dict[str, Any] = torch.load(Path(folder) / "whole.pt", weights_only=False)  # our own
     return dict(_flat("", whole))
 
 
