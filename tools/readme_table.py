@@ -21,6 +21,8 @@ SHOWN = {
         "table_gib", "table_gib_on_one",
     ],
     "conversion": ["checkpoint_mib", "largest_tensor_mib", "tiny_model_peak_mib", "to_hf_peak_mib", "from_hf_peak_mib"],
+    "offload": ["trains", "step_cost_percent", "peak_gib", "tables_with_state_gib"],
+    "soak": ["restarts", "checkpoints_equal_by_every_bit", "checkpoints_lost"],
     "kernels": [
         "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
         "layer_forward_backward_ms", "layer_t1_us",
