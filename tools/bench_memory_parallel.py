@@ -234,7 +234,8 @@ def is_exchange(kernel: str) -> bool:
 
 
 def keep_trace(folder: Path, case: str, spans: list) -> None:
-    """Writes the kernels, and a picture of the second memory layer's neighbourhood: a lane for each stream."""
+    """Writes the kernels, and a picture of the second memory layer's neighbourhood. Kernels that run at the same time
+    lie in different lanes (in a graph of the whole model their streams have no meaning)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,16 +246,18 @@ def keep_trace(folder: Path, case: str, spans: list) -> None:
     lookups = [span.begin for span in spans if _color(span.name) == COLORS["memory layer"]]
     start = lookups[len(lookups) // 4] if lookups else spans[len(spans) // 4].begin
     shown = [span for span in spans if start - 500 < span.begin < start + 3500]
-    lanes = sorted({span.stream for span in shown})
-    figure, axes = plt.subplots(figsize=(12, 1 + 0.6 * len(lanes)), layout="constrained")
-    for span in shown:
-        axes.barh(lanes.index(span.stream), span.end - span.begin, left=span.begin - start, height=0.8,
-                  color=_color(span.name))  # fmt: skip
-    axes.set_yticks(range(len(lanes)), [f"stream {lane}" for lane in lanes])
+    lanes: list[float] = []  # the end of the last kernel of each
+    figure, axes = plt.subplots(figsize=(12, 2.6), layout="constrained")
+    for span in sorted(shown, key=lambda span: span.begin):
+        lane = next((number for number, end in enumerate(lanes) if end <= span.begin), len(lanes))
+        lanes[lane:] = [span.end, *lanes[lane + 1 :]]
+        axes.barh(lane, span.end - span.begin, left=span.begin - start, height=0.8, color=_color(span.name))
+    axes.set_yticks(range(len(lanes)), [f"{lane + 1}" for lane in range(len(lanes))])
+    axes.set_ylabel("at the same time")
     axes.set_xlabel("microseconds")
     axes.set_title(f"{case}: kernels of one rank")
-    axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()],
-                ncols=len(COLORS), loc="upper right", fontsize=8)  # fmt: skip
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
+    figure.legend(handles=handles, ncols=len(COLORS), loc="outside lower center", fontsize=8)
     figure.savefig(folder / f"{case}.png", dpi=110)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_ultramem.compat import build_ffn
 from megatron_ultramem.memory.base import MemoryLayer
 
+FIRST = -1  # priority of a stream
+
 
 class Joint:
     """Carries a memory layer's output from the block that reads to the block that adds it, within one forward pass.
@@ -121,5 +123,6 @@ class FeedForwardWithMemory(MegatronModule):
 
 @functools.cache
 def memory_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all memory layers of a device."""
-    return torch.cuda.Stream(device)
+    """The stream of all memory layers of a device. Its kernels go first: what they then wait for, the exchange, passes
+    while the FFN computes. The other way round the FFN would be done before the exchange begins."""
+    return torch.cuda.Stream(device, priority=FIRST)

@@ -59,6 +59,7 @@ def _store(timeout: datetime.timedelta) -> torch.distributed.Store:
 def initialize_model_parallel(config: Config) -> None:
     """Megatron's groups and its RNG tracker, on top of torch's default group."""
     p = config.parallel
+    beside_ffn = p.overlap_exchange and torch.distributed.get_backend() == "nccl"
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=p.tensor_parallel_size,
         pipeline_model_parallel_size=p.pipeline_parallel_size,
@@ -67,6 +68,8 @@ def initialize_model_parallel(config: Config) -> None:
         expert_model_parallel_size=expert_group_size(config),
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(p.timeout_minutes)),
+        # The exchange of memory layers beside the FFN is what they wait for.
+        high_priority_stream_groups=["tp_ep_mp"] if beside_ffn else None,
     )
     # Megatron's graphs ask for Transformer Engine's record of generators; a process keeps the one that it made first.
     tensor_parallel.model_parallel_cuda_manual_seed(

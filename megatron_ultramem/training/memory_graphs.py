@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ultramem.memory.base import MemoryLayer
+from megatron_ultramem.model.feed_forward import FIRST
 from megatron_ultramem.training.graph_recording import Counted, add_gradients, leaves_of, recording, remember
 
 
@@ -43,7 +44,7 @@ class MemoryGraphs:
         """Records the graphs once every layer has run without them."""
         if self.recorded or any(graph.shape is None for graph in self._graphs):
             return
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        stream, pool = torch.cuda.Stream(priority=FIRST), torch.cuda.graph_pool_handle()
         for graph in self._graphs:
             graph.record_forward(stream, pool)
         for graph in reversed(self._graphs):
