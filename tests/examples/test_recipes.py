@@ -14,6 +14,9 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.planning.clusters import load_cluster, presets
+from megatron_ultramem.planning.evaluate import Evaluator, on_cluster
+from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.planning.parameters import count_parameters
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
@@ -30,7 +33,7 @@ FAMILIES = {
 }
 UNITS = {"M": 1e6, "B": 1e9}
 COUNTS = re.compile(r"^# Counts \((.*?)\): ([\d.]+)([MB]) active(?:, ([\d.]+)([MB]) total)?\.", re.MULTILINE)
-LAYOUT = re.compile(r"^#   (\d+) GPUs: (.+)$", re.MULTILINE)
+LAYOUT = re.compile(r"^#   (\d+) GPUs(?: \((.+)\))?: (.+)$", re.MULTILINE)
 
 
 def header(recipe: str) -> str:
@@ -130,17 +133,25 @@ def test_the_planner_counts_what_megatron_builds(name: str, built) -> None:
     assert counts.active == counts.total - inactive
 
 
-def layouts(name: str) -> list[tuple[int, list[str]]]:
-    """(GPUs, settings) of every layout that the header names."""
-    return [(int(gpus), text.split()) for gpus, text in LAYOUT.findall(header(name))]
+def layouts(name: str) -> list[tuple[int, str, list[str]]]:
+    """(GPUs, their kind or GiB, settings) of every layout that the header names."""
+    return [(int(gpus), kind or "H100", text.split()) for gpus, kind, text in LAYOUT.findall(header(name))]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_named_layout_is_legal(name: str) -> None:
+def test_every_named_layout_is_legal_and_fits_the_named_gpus(name: str) -> None:
     named = layouts(name)
-    assert {8, 256} <= {gpus for gpus, _ in named}
-    for gpus, settings in named:
-        assert validate_world(recipe(name, *settings), gpus) >= 1
+    assert {8, 256} <= {gpus for gpus, _, _ in named}
+    for gpus, kind, settings in named:
+        config = recipe(name, *settings)
+        assert validate_world(config, gpus) >= 1
+        cluster = load_cluster(kind.lower() if kind.lower() in presets() else "b200")
+        config = on_cluster(config, cluster)
+        evaluator = Evaluator(config, config.model.vocab_size, cluster)
+        found = evaluator.evaluate(config, gpus)
+        assert found.fits == (kind.lower() in presets()), (gpus, kind)
+        if not found.fits:
+            assert f"{found.memory.required / GIB:.0f} GiB" == kind
 
 
 @pytest.mark.parametrize(
