@@ -49,7 +49,7 @@ COLUMNS = [
     "parallel.memory_parallel_size=2", "parallel.memory_placement=columns", "parallel.overlap_exchange=true"
 ]  # fmt: skip
 ROWS = ["parallel.memory_parallel_size=2", "parallel.memory_placement=rows", "parallel.overlap_exchange=true"]
-GRAPHS = "train.cuda_graphs=memory"
+GRAPHS, FULL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,8 @@ GRAPHS = "train.cuda_graphs=memory"
         ("replicated_graphs", [GRAPHS]),
         ("columns_graphs", [GRAPHS, *COLUMNS[:2]]),
         ("columns_overlap_graphs", [GRAPHS, *COLUMNS]),
+        ("replicated_full_graphs", [FULL]),
+        ("columns_overlap_full_graphs", [FULL, *COLUMNS]),
     ],
 )
 def test_two_h200(case: str, settings: list[str]) -> None:
