@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ultramem_kernels.bench.fp8_lookups import bench_fp8_lookup
 from ultramem_kernels.bench.layers import bench_decode, bench_layer
 from ultramem_kernels.bench.lookups import bench_columns, bench_lookup
 from ultramem_kernels.bench.record import Ceilings, Record, measure_ceilings
@@ -27,7 +28,7 @@ from ultramem_kernels.bench.shapes import SHAPES, Shape, make_tables, uniform_ro
 from megatron_ultramem.results import Row, write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-CASES = ("227m", "227m_zipf", "decode", "partial", "120b", "sweep")
+CASES = ("227m", "227m_zipf", "decode", "fp8", "partial", "120b", "sweep")
 # Tokens, m, widths of values and pre-values, rows.
 SWEEP = (
     (1024, 32, 192, 192, 2000000), (4096, 32, 192, 192, 2000000), (65536, 32, 192, 192, 2000000),
@@ -50,7 +51,7 @@ def main() -> None:
     torch.manual_seed(0)
     record = Record()
     ceilings = measure_ceilings(record)
-    for group in ({"227m", "227m_zipf", "decode"}, {"partial"}, {"120b"}, {"sweep"}):  # one set of tables each
+    for group in ({"227m", "227m_zipf", "decode", "fp8"}, {"partial"}, {"120b"}, {"sweep"}):  # one set of tables each
         if chosen := group.intersection(cases):
             _measure(record, ceilings, chosen, args.quick, args.out)
     _write(args.out, record)
@@ -77,6 +78,8 @@ def _measure(record: Record, ceilings: Ceilings, cases: set[str], quick: bool, o
             _write(out, record)
     if "227m_zipf" in cases:
         record.case("227m_zipf", bench_lookup, ceilings, "227m_zipf", shape, zipf_rows, tables, False)
+    if "fp8" in cases:
+        record.case("227m_fp8", bench_fp8_lookup, ceilings, "227m_fp8", shape, tables)
     if "decode" in cases:
         record.case("decode", bench_decode, "decode", shape, tables)
     return _write(out, record)

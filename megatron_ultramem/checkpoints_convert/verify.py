@@ -93,7 +93,9 @@ def our_logits(
     from megatron_ultramem.inference.model import load_model
     from megatron_ultramem.training.distributed import destroy_distributed
 
-    model = load_model(checkpoint, [*overrides, f"train.precision={precision}"])
+    # The other side reads the tables themselves.
+    read = "model.memory.table_read=params"
+    model = load_model(checkpoint, [*overrides, f"train.precision={precision}", read])
     try:
         return [model.logits(torch.tensor([ids]))[0].cpu() for ids in prompts]
     finally:

@@ -122,6 +122,14 @@ class MemoryConfig:
     recompute: bool = setting(
         False, "Recompute the memory layer in the backward pass, keeping only its input and the selected indices."
     )
+    table_read: str = setting(
+        "params",
+        "What lookups read: the tables in the precision of parameters, or a copy in fp8 (E4M3, one fp32 scale a row, "
+        "made after every optimizer step), which halves the bytes they move. Costs 1 byte a number beside the 2 of "
+        "bf16, which stay: they are what is updated, gathered and saved; gradients and optimizer are as without. With "
+        "tables by columns, ranks agree on the largest number of each row (4 bytes a row and table, once a step).",
+        choices=("params", "fp8"),
+    )
     kernels: str = setting(
         "auto",
         "Implementation of retrieval and lookup: plain PyTorch (reference), ultramem_kernels (fused), or "

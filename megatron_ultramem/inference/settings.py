@@ -17,6 +17,7 @@ USED = (
     "model.backend",
     "model.max_sequence_length",
     "model.memory.kernels",
+    "model.memory.table_read",
     "model.moe.grouped_gemm",
     "parallel.tensor_parallel_size",
     "parallel.timeout_minutes",

@@ -9,10 +9,13 @@ Shapes: as in `lookup.py` and `retrieval.py`; K keys selected per side and head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from ultramem_kernels import KeptKeys, rms_norm_swapped, search
+from ultramem_kernels import KeptKeys, quantize_, rms_norm_swapped, search
 from ultramem_kernels.lookup.ops import run_lookup_backward, run_lookup_forward
+
+from megatron_ultramem.memory.fp8_table import Fp8Table, Table
 
 PADDING = -1  # the index that means no row
 
@@ -20,13 +23,16 @@ PADDING = -1  # the index that means no row
 class FusedLookup:
     """The `LookupBackend` of the kernels; see there for what the methods compute."""
 
+    def quantize_(self, copy: Fp8Table, table: torch.Tensor, amax_N: torch.Tensor) -> None:
+        quantize_(table, copy.codes, copy.scales, amax_N)
+
     def forward(
         self,
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         activation: str,
         padded: bool = False,
     ) -> torch.Tensor:
@@ -34,14 +40,15 @@ class FusedLookup:
             indices_TM.contiguous(),
             scores_TMC.contiguous(),
             pre_input_TD.to(values.dtype).contiguous(),
-            values,
-            pre_values,
+            _numbers(values),
+            _numbers(pre_values),
             activation=activation,
             core_width=values.shape[1] // scores_TMC.shape[2],
             column_start=0,
             row_start=0,
             padding_index=PADDING if padded else None,
             backend=None,
+            **_scales(values, pre_values),
         )
         return pooled_TV.to(pre_input_TD.dtype)
 
@@ -51,8 +58,8 @@ class FusedLookup:
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         activation: str,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
@@ -62,8 +69,8 @@ class FusedLookup:
             indices_TM.contiguous(),
             scores_TMC.contiguous(),
             pre_input_TD.to(values.dtype).contiguous(),
-            values,
-            pre_values,
+            _numbers(values),
+            _numbers(pre_values),
             grad=grad_pooled_TV.to(values.dtype).contiguous(),
             grad_values=values_grad,
             grad_pre_values=pre_values_grad,
@@ -74,11 +81,12 @@ class FusedLookup:
             padding_index=PADDING if padded else None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             backend=None,
+            **_scales(values, pre_values),
         )
         return grad_scores, grad_pre_input.to(pre_input_TD.dtype)
 
     def dots(
-        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: torch.Tensor, padded: bool = False
+        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: Table, padded: bool = False
     ) -> torch.Tensor:
         pre_input_TD = pre_input_TD.to(pre_values.dtype).contiguous()
         padding = PADDING if padded else None
@@ -87,13 +95,14 @@ class FusedLookup:
             None,
             pre_input_TD,
             None,
-            pre_values,
+            _numbers(pre_values),
             activation="none",
             core_width=1,
             column_start=0,
             row_start=0,
             padding_index=padding,
             backend=None,
+            **_scales(None, pre_values),
         )
 
     def dots_backward(
@@ -101,7 +110,7 @@ class FusedLookup:
         grad_dots_TM: torch.Tensor,
         indices_TM: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        pre_values: torch.Tensor,
+        pre_values: Table,
         pre_values_grad: torch.Tensor | None,
         padded: bool = False,
     ) -> torch.Tensor:
@@ -110,7 +119,7 @@ class FusedLookup:
             None,
             pre_input_TD.to(pre_values.dtype).contiguous(),
             None,
-            pre_values,
+            _numbers(pre_values),
             grad=grad_dots_TM.contiguous(),
             grad_values=None,
             grad_pre_values=pre_values_grad,
@@ -121,6 +130,7 @@ class FusedLookup:
             padding_index=PADDING if padded else None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             backend=None,
+            **_scales(None, pre_values),
         )
         return grad_pre_input.to(pre_input_TD.dtype)
 
@@ -128,7 +138,7 @@ class FusedLookup:
         self,
         indices_TM: torch.Tensor,
         weights_TMC: torch.Tensor,
-        values: torch.Tensor,
+        values: Table,
         column_start: int,
         core_width: int,
         padded: bool = False,
@@ -137,7 +147,7 @@ class FusedLookup:
             indices_TM.contiguous(),
             weights_TMC.contiguous(),
             None,
-            values,
+            _numbers(values),
             None,
             activation="none",
             core_width=core_width,
@@ -145,6 +155,7 @@ class FusedLookup:
             row_start=0,
             padding_index=PADDING if padded else None,
             backend=None,
+            **_scales(values, None),
         )
 
     def weighted_sum_backward(
@@ -152,7 +163,7 @@ class FusedLookup:
         grad_pooled_TV: torch.Tensor,
         indices_TM: torch.Tensor,
         weights_TMC: torch.Tensor,
-        values: torch.Tensor,
+        values: Table,
         column_start: int,
         core_width: int,
         values_grad: torch.Tensor | None,
@@ -162,7 +173,7 @@ class FusedLookup:
             indices_TM.contiguous(),
             weights_TMC.contiguous(),
             None,
-            values,
+            _numbers(values),
             None,
             grad=grad_pooled_TV.to(values.dtype).contiguous(),
             grad_values=values_grad,
@@ -174,8 +185,24 @@ class FusedLookup:
             padding_index=PADDING if padded else None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             backend=None,
+            **_scales(values, None),
         )
         return grad_weights
+
+
+def _numbers(table: Table) -> torch.Tensor:
+    """What the kernels take for a table: itself, or its codes."""
+    return table.codes if isinstance(table, Fp8Table) else table
+
+
+def _scales(values: Table | None, pre_values: Table | None) -> dict[str, Any]:
+    """What they take beside the codes."""
+    first = values if values is not None else pre_values
+    return {
+        "value_scales": values.scales if isinstance(values, Fp8Table) else None,
+        "pre_value_scales": pre_values.scales if isinstance(pre_values, Fp8Table) else None,
+        "dtype": first.dtype if isinstance(first, Fp8Table) else None,
+    }
 
 
 def fused_norms(

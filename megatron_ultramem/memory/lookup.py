@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megatron_ultramem.memory import lookup_reference
+from megatron_ultramem.memory.fp8_table import Fp8Table, Table
 from megatron_ultramem.memory.numerics import accumulation_dtype
 
 
@@ -32,16 +33,19 @@ class LookupBackend(Protocol):
     Sums are formed in fp32 (fp64 for fp64). `padded`: a negative index means no row, which contributes nothing and gets
     no gradient; such places come last among a token's. Backwards ADD gradients of tables to the buffers they are given
     (None: not wanted). `column_start` is where the columns of `values` lie within the C slices of `core_width` that the
-    weights are for.
+    weights are for. Tables may be given as an `Fp8Table`, whose numbers are read in their place.
     """
+
+    def quantize_(self, copy: Fp8Table, table: torch.Tensor, amax_N: torch.Tensor) -> None:
+        """`fp8_table.quantize_`."""
 
     def forward(
         self,
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         activation: str,
         padded: bool = False,
     ) -> torch.Tensor:
@@ -53,8 +57,8 @@ class LookupBackend(Protocol):
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         activation: str,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
@@ -63,7 +67,7 @@ class LookupBackend(Protocol):
         """Gradients of scores and pre_input, in their dtypes."""
 
     def dots(
-        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: torch.Tensor, padded: bool = False
+        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: Table, padded: bool = False
     ) -> torch.Tensor:
         """<x', P[row]> over the columns at hand, [T, M] in the accumulation dtype."""
 
@@ -72,7 +76,7 @@ class LookupBackend(Protocol):
         grad_dots_TM: torch.Tensor,
         indices_TM: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        pre_values: torch.Tensor,
+        pre_values: Table,
         pre_values_grad: torch.Tensor | None,
         padded: bool = False,
     ) -> torch.Tensor:
@@ -82,7 +86,7 @@ class LookupBackend(Protocol):
         self,
         indices_TM: torch.Tensor,
         weights_TMC: torch.Tensor,
-        values: torch.Tensor,
+        values: Table,
         column_start: int,
         core_width: int,
         padded: bool = False,
@@ -94,7 +98,7 @@ class LookupBackend(Protocol):
         grad_pooled_TV: torch.Tensor,
         indices_TM: torch.Tensor,
         weights_TMC: torch.Tensor,
-        values: torch.Tensor,
+        values: Table,
         column_start: int,
         core_width: int,
         values_grad: torch.Tensor | None,
@@ -118,8 +122,8 @@ class LookupPath(Protocol):
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
     ) -> tuple[torch.Tensor, Saved]:
         """Pooled values [T, Dv] in the dtype of `pre_input_TD`, and what the backward needs."""
 
@@ -127,8 +131,8 @@ class LookupPath(Protocol):
         self,
         saved: Saved,
         grad_pooled_TV: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,8 +152,8 @@ class LocalLookup:
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
     ) -> tuple[torch.Tensor, Saved]:
         saved = Saved((indices_TM, scores_TMC, pre_input_TD))
         if pre_values.shape[1] == 0:
@@ -165,8 +169,8 @@ class LocalLookup:
         self,
         saved: Saved,
         grad_pooled_TV: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,6 +238,7 @@ def run_lookup(
     values: torch.Tensor,
     pre_values: torch.Tensor,
     *,
+    read: tuple[Table, Table] | None = None,
     after_backward: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Pooled values [T, Dv] in the dtype of `pre_input_TD`; differentiable in all but the indices.
@@ -243,6 +248,7 @@ def run_lookup(
         scores_TMC: score of every row per core; Dv divides into C slices.
         values, pre_values: tables, or this rank's shards of them. A table with a `main_grad` attribute (of its shape)
             gets its gradient there, in place, and none from autograd.
+        read: what is read in place of the two tables, which get the gradients; None: the tables.
         after_backward: called at the end of the backward, once the gradients are in `main_grad`; only if some table
             has one.
     """
@@ -254,7 +260,9 @@ def run_lookup(
     tables = [
         table if sink is None else table.detach() for table, sink in zip((values, pre_values), sinks, strict=True)
     ]
-    pooled_TV: torch.Tensor = _Lookup.apply(indices_TM, scores_TMC, pre_input_TD, *tables, path, sinks, after_backward)
+    pooled_TV: torch.Tensor = _Lookup.apply(
+        indices_TM, scores_TMC, pre_input_TD, *tables, path, sinks, read, after_backward
+    )
     return pooled_TV
 
 
@@ -273,11 +281,12 @@ class _Lookup(torch.autograd.Function):
         pre_values: torch.Tensor,
         path: LookupPath,
         sinks: tuple[torch.Tensor | None, torch.Tensor | None],
+        read: tuple[Table, Table] | None,
         after_backward: Callable[[], None] | None,
     ) -> torch.Tensor:
-        pooled_TV, saved = path.forward(indices_TM, scores_TMC, pre_input_TD, values, pre_values)
+        pooled_TV, saved = path.forward(indices_TM, scores_TMC, pre_input_TD, *(read or (values, pre_values)))
         ctx.save_for_backward(values, pre_values, *saved.tensors)
-        ctx.path, ctx.plan, ctx.sinks, ctx.after_backward = path, saved.plan, sinks, after_backward
+        ctx.path, ctx.plan, ctx.sinks, ctx.read, ctx.after_backward = path, saved.plan, sinks, read, after_backward
         return pooled_TV
 
     @staticmethod
@@ -293,7 +302,7 @@ class _Lookup(torch.autograd.Function):
             else:
                 buffers.append(None)
         grad_scores, grad_pre_input = ctx.path.backward(
-            Saved(tuple(tensors), ctx.plan), grad_pooled_TV, values, pre_values, *buffers
+            Saved(tuple(tensors), ctx.plan), grad_pooled_TV, *(ctx.read or (values, pre_values)), *buffers
         )
         if ctx.after_backward is not None and any(sink is not None for sink in ctx.sinks):
             ctx.after_backward()
@@ -301,4 +310,4 @@ class _Lookup(torch.autograd.Function):
             buffer.to(table.dtype) if buffer is not None and sink is None else None
             for table, buffer, sink in zip((values, pre_values), buffers, ctx.sinks, strict=True)
         ]
-        return None, grad_scores, grad_pre_input, *dense, None, None, None
+        return None, grad_scores, grad_pre_input, *dense, None, None, None, None

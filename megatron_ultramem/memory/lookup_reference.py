@@ -12,19 +12,23 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
+from megatron_ultramem.memory.fp8_table import Fp8Table, Table, quantize_
 from megatron_ultramem.memory.numerics import accumulation_dtype, tokens_per_chunk
 
 
 class ReferenceLookup:
     """`LookupBackend` in plain PyTorch, for every device."""
 
+    def quantize_(self, copy: Fp8Table, table: torch.Tensor, amax_N: torch.Tensor) -> None:
+        quantize_(copy, table, amax_N)
+
     def forward(
         self,
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         activation: str,
         padded: bool = False,
     ) -> torch.Tensor:
@@ -45,8 +49,8 @@ class ReferenceLookup:
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         activation: str,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
@@ -76,7 +80,7 @@ class ReferenceLookup:
         return grad_scores_TMC, grad_pre_input_TD
 
     def dots(
-        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: torch.Tensor, padded: bool = False
+        self, indices_TM: torch.Tensor, pre_input_TD: torch.Tensor, pre_values: Table, padded: bool = False
     ) -> torch.Tensor:
         dtype = accumulation_dtype(pre_values.dtype)
         dots_TM = torch.empty(indices_TM.shape, dtype=dtype, device=pre_values.device)
@@ -89,7 +93,7 @@ class ReferenceLookup:
         grad_dots_TM: torch.Tensor,
         indices_TM: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        pre_values: torch.Tensor,
+        pre_values: Table,
         pre_values_grad: torch.Tensor | None,
         padded: bool = False,
     ) -> torch.Tensor:
@@ -109,7 +113,7 @@ class ReferenceLookup:
         self,
         indices_TM: torch.Tensor,
         weights_TMC: torch.Tensor,
-        values: torch.Tensor,
+        values: Table,
         column_start: int,
         core_width: int,
         padded: bool = False,
@@ -129,7 +133,7 @@ class ReferenceLookup:
         grad_pooled_TV: torch.Tensor,
         indices_TM: torch.Tensor,
         weights_TMC: torch.Tensor,
-        values: torch.Tensor,
+        values: Table,
         column_start: int,
         core_width: int,
         values_grad: torch.Tensor | None,
@@ -176,10 +180,12 @@ def _dots(rows_tMD: torch.Tensor, pre_input_tD: torch.Tensor) -> torch.Tensor:
     return torch.einsum("tmd,td->tm", rows_tMD, pre_input_tD.to(rows_tMD.dtype))
 
 
-def _rows(table: torch.Tensor, indices_tM: torch.Tensor, padded: bool) -> torch.Tensor:
+def _rows(table: Table, indices_tM: torch.Tensor, padded: bool) -> torch.Tensor:
     """Rows [t, M, width] in the accumulation dtype; zeros where `padded` and the index is negative."""
     flat = indices_tM.reshape(-1)
-    rows = table.index_select(0, flat.clamp_min(0) if padded else flat).to(accumulation_dtype(table.dtype))
+    known = flat.clamp_min(0) if padded else flat
+    rows = table.rows(known) if isinstance(table, Fp8Table) else table.index_select(0, known)
+    rows = rows.to(accumulation_dtype(table.dtype))
     if padded:
         rows = rows.masked_fill((flat < 0).unsqueeze(-1), 0.0)
     return rows.view(*indices_tM.shape, table.shape[1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from megatron_ultramem.memory.fp8_table import Fp8Table, row_amax
 from megatron_ultramem.memory.geometry import Pool
 from megatron_ultramem.memory.init import Normal, table_stds
 from megatron_ultramem.memory.kinds import activation, blocks
@@ -32,6 +33,10 @@ class Placement(Protocol):
     def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
         """The lookup in those shards."""
 
+    def of_whole_rows(self, amax_N: torch.Tensor) -> None:
+        """Makes the largest magnitudes of this rank's part of rows those of the whole rows, in place. May be a
+        collective call."""
+
 
 class WholeTables:
     """The `Placement` without parallelism: this rank holds everything it looks up."""
@@ -41,6 +46,9 @@ class WholeTables:
 
     def path(self, config: MemoryConfig, pool: Pool, device: torch.device) -> LookupPath:
         return LocalLookup(lookup_backend(config.kernels, device), activation(config), padded=blocks(config) > 1)
+
+    def of_whole_rows(self, amax_N: torch.Tensor) -> None:
+        pass
 
 
 class ValuePool(nn.Module):
@@ -98,6 +106,11 @@ class ValuePool(nn.Module):
             table.initializer = Normal(stds[name])  # type: ignore[attr-defined]
             self.register_parameter(name, table)
         self._make_path = functools.cache(functools.partial(self.placement.path, config, pool))
+        self._make_backend = functools.cache(functools.partial(lookup_backend, config.kernels))
+        self._reads_fp8 = config.table_read == "fp8"
+        self._copies: dict[str, Fp8Table] = {}  # derived: neither saved nor moved with the module
+        self._copied: tuple[object, ...] | None = None  # which tables they are copies of; None: outdated
+        self.register_load_state_dict_post_hook(lambda pool, _: pool.outdate())
 
     def reset_parameters(self, seed: int) -> None:
         """Draws both tables; the numbers depend on the seed and the number of the pool."""
@@ -108,6 +121,34 @@ class ValuePool(nn.Module):
                 seed,
                 f"pools.{self.pool.index}.{name}",
             )
+        self.outdate()
+
+    def outdate(self) -> None:
+        """The tables hold new numbers: what was derived of them no longer holds."""
+        self._copied = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Derives what lookups read where they do not read the tables themselves, if the tables have changed: in place,
+        for CUDA graphs. May be a collective call.
+
+        Whoever changes tables through other tensors than these parameters says so by `outdate`.
+        """
+        if not self._reads_fp8:
+            return
+        tables = dict(self.named_parameters())
+        state = tuple((table.data_ptr(), table._version) for table in tables.values())
+        if state == self._copied:
+            return
+        self.settle()
+        for name, table in tables.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.device != table.device or copy.dtype != table.dtype:
+                copy = self._copies[name] = Fp8Table.like(table)
+            amax_N = row_amax(table)
+            self.placement.of_whole_rows(amax_N)
+            self._make_backend(table.device).quantize_(copy, table.detach(), amax_N)
+        self._copied = state
 
     def lookup(
         self, indices_TM: torch.Tensor, scores_TMC: torch.Tensor, pre_input_TD: torch.Tensor | None = None
@@ -117,15 +158,18 @@ class ValuePool(nn.Module):
         pre_input_TD: only where the pool has pre-values; otherwise a row's weight is its score.
         """
         pre_values = self._parameters.get("pre_values")
+        none_ND = self.values.new_empty(len(self.values), 0)
         if pre_input_TD is None:
             pre_input_TD = self.values.new_empty(len(indices_TM), 0)
+        self.refresh()
         return run_lookup(
             self._make_path(self.values.device),
             indices_TM,
             scores_TMC,
             pre_input_TD,
             self.values,
-            self.values.new_empty(len(self.values), 0) if pre_values is None else pre_values,
+            none_ND if pre_values is None else pre_values,
+            read=(self._copies["values"], self._copies.get("pre_values", none_ND)) if self._reads_fp8 else None,
             after_backward=self.count_backward,
         )
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from megatron_ultramem.memory.fp8_table import Table
 from megatron_ultramem.memory.lookup import LookupBackend, Saved
 from megatron_ultramem.memory.lookup_reference import activate, activation_slope
 from megatron_ultramem.memory.numerics import accumulation_dtype
@@ -63,8 +64,8 @@ class ColumnsExchange:
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
     ) -> tuple[torch.Tensor, Saved]:
         P, tokens, dtype = self.channel.ranks, len(indices_TM), values.dtype
         largest = tokens
@@ -94,8 +95,8 @@ class ColumnsExchange:
         self,
         saved: Saved,
         grad_pooled_TV: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_ultramem.memory.fp8_table import Table
 from megatron_ultramem.memory.lookup import LookupPath, Saved
 from megatron_ultramem.memory.numerics import accumulation_dtype
 from megatron_ultramem.parallel.channel import Channel
@@ -71,8 +72,8 @@ class RowsExchange:
         indices_TM: torch.Tensor,
         scores_TMC: torch.Tensor,
         pre_input_TD: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
     ) -> tuple[torch.Tensor, Saved]:
         T, M, C = scores_TMC.shape
         shape = _Shape(T, M, C, pre_input_TD.shape[1])
@@ -98,8 +99,8 @@ class RowsExchange:
         self,
         saved: Saved,
         grad_pooled_TV: torch.Tensor,
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
         values_grad: torch.Tensor | None,
         pre_values_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,8 +127,8 @@ class RowsExchange:
         route: Route,
         shape: _Shape,
         payload: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        values: torch.Tensor,
-        pre_values: torch.Tensor,
+        values: Table,
+        pre_values: Table,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], _Round]:
         """This round's part of the pooled values in fp32, and what it saves."""
         local_TM, scores_TMC, pre_input_TD = payload
@@ -161,7 +162,7 @@ class RowsExchange:
         self,
         saved: Saved,
         grad_pooled_TV: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        tables: tuple[Table, Table, torch.Tensor | None, torch.Tensor | None],
         totals: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         """Adds this round's gradients of scores and pre-inputs to `totals`, which have one place more than needed."""

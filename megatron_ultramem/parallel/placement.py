@@ -85,6 +85,10 @@ class ShardedPlacement:
         channel = Channel(self.across, self.traffic, "rows")
         return RowsExchange(channel, owners, inner, self.capacity, trim=self.within is None)
 
+    def of_whole_rows(self, amax_N: torch.Tensor) -> None:
+        if self.within is not None:
+            dist.all_reduce(amax_N, dist.ReduceOp.MAX, group=self.within)
+
     def _block_rows(self, pool: Pool) -> int:
         """Rows dealt to a rank at a time: where layers see only a window of the pool, small enough to spread it evenly
         (about one block of every table for each rank)."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ultramem.planning.parameters import row_width, rows_per_token
+from megatron_ultramem.planning.parameters import row_bytes, row_width, rows_per_token
 from megatron_ultramem.planning.workload import Layer, Workload
 
 EQUAL_MOE_TOP_K = 8
@@ -70,17 +70,17 @@ def equal_moe(work: Workload) -> EqualMoE | None:
 
 def training_access(work: Workload, tokens: int, element: int) -> Comparison:
     """`tokens` of one micro-batch on a rank that holds the whole model."""
-    return _compare(work, "training", tokens, 2 * element + GRADIENT)
+    rows = 2 * row_bytes(work.model.memory, element) + GRADIENT * row_width(work.model.memory)
+    return _compare(work, "training", tokens, 2 * element + GRADIENT, rows)
 
 
 def decoding_access(work: Workload, batch: int, element: int) -> Comparison:
     """One new token for each of `batch` sequences."""
-    return _compare(work, "decoding", batch, element)
+    return _compare(work, "decoding", batch, element, row_bytes(work.model.memory, element))
 
 
-def _compare(work: Workload, situation: str, tokens: int, per_parameter: float) -> Comparison:
+def _compare(work: Workload, situation: str, tokens: int, per_parameter: float, per_row: float) -> Comparison:
     model = work.model
-    memory_rows = rows_per_token(model.memory) * row_width(model.memory)
     attention = sum(layer.parameters.attention for layer in work.layers) + work.vocabulary * model.hidden_size
     own = Access(
         dense=per_parameter * (attention + sum(_replaced(layer) for layer in work.layers)) / tokens,
@@ -90,7 +90,7 @@ def _compare(work: Workload, situation: str, tokens: int, per_parameter: float) 
             for layer in work.layers
         )
         / tokens,
-        rows=per_parameter * memory_rows * sum(layer.has_memory for layer in work.layers),
+        rows=per_row * rows_per_token(model.memory) * sum(layer.has_memory for layer in work.layers),
     )
     moe = equal_moe(work)
     if moe is None:

@@ -9,7 +9,7 @@ from megatron_ultramem.memory.kinds import num_cores, query_width
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.layout import Layout
-from megatron_ultramem.planning.parameters import attention_dims, row_width, rows_per_token
+from megatron_ultramem.planning.parameters import attention_dims, row_bytes, row_width, rows_per_token
 from megatron_ultramem.planning.workload import Layer, Workload
 
 
@@ -102,6 +102,12 @@ class KernelTimes:
         """Of the optimizer: `own` parameters are stepped here, `held` gradients are cleared."""
         return (own * c.ADAM_BYTES + held * 4) / (c.ELEMENTWISE * self.bandwidth)
 
+    def copies(self, layout: Layout, tables: int) -> float:
+        """Of what lookups read in place of so many parameters, once a step."""
+        if self.work.model.memory.table_read != "fp8":
+            return 0.0
+        return tables * (layout.element + 1) / (c.COPY * self.bandwidth)
+
     def _attention(self, layout: Layout, layer: Layer) -> tuple[float, float, float]:
         """Projections (s), scores (FLOPs), and norms, rotations and residual sums of the block (s)."""
         hidden, tokens, tp = self.work.model.hidden_size, _tokens(self.work, layout), layout.tensor
@@ -167,9 +173,10 @@ class KernelTimes:
         memory, size, ranks = self.work.model.memory, layout.element, layout.placement.ranks
         own, width, rows = _tokens(self.work, layout) / layout.tensor, row_width(memory), layer.virtual_rows
         entries = own * rows_per_token(memory)
-        read = entries * (width * size + 4 + 4 * num_cores(memory)) + own * width * size
+        rows_read = entries * row_bytes(memory, size)
+        read = rows_read + entries * (4 + 4 * num_cores(memory)) + own * width * size
         touched = rows * -math.expm1(-entries * ranks / rows) / ranks
-        written = entries * width * size + touched * width * 8 + own * width * size * 2
+        written = rows_read + touched * width * 8 + own * width * size * 2
         return read / (c.LOOKUP_FORWARD * self.bandwidth), written / (c.LOOKUP_BACKWARD * self.bandwidth)
 
     def _matmul(self, flops: float, num_bytes: float) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from megatron_ultramem.memory.kinds import query_width
 from megatron_ultramem.planning.activations import Options, block_input, saved_by_block
 from megatron_ultramem.planning.layout import Layout, rank_parameters
+from megatron_ultramem.planning.parameters import row_bytes, row_width
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
 
 GIB = 2**30
@@ -26,9 +27,10 @@ class RankMemory:
     """Bytes on a rank of one pipeline stage at its peak.
 
     `weights`, `gradients` and `optimizer` (master weights and moments) of dense parameters and experts, apart from
-    those of value tables; `buffers`: shuffle permutations; `activations` kept for backward passes; `loss`: logits and
-    their gradients; `exchange`: messages of the memory exchange, of expert dispatch and of gathers; `workspace`:
-    temporaries of the block that computes; `fragmentation`: allowance for what the allocator cannot use.
+    those of value tables (whose weights include what lookups read in their place); `buffers`: shuffle permutations;
+    `activations` kept for backward passes; `loss`: logits and their gradients; `exchange`: messages of the memory
+    exchange, of expert dispatch and of gathers; `workspace`: temporaries of the block that computes; `fragmentation`:
+    allowance for what the allocator cannot use.
     """
 
     weights: float
@@ -97,7 +99,7 @@ def stage_memory(
         weights=size * (kept.dense + kept.experts),
         gradients=4 * (kept.dense + kept.experts),
         optimizer=master * (kept.dense / shards + kept.experts / table_shards),
-        table_weights=size * kept.tables,
+        table_weights=size * kept.tables + _copies(work, layout, kept.tables),
         table_gradients=4 * kept.tables,
         table_optimizer=0.0 if layout.tables_on_host else master * kept.tables / table_shards,
         buffers=sum(count * _permutation(work, layer) for layer, count in stage.layers),
@@ -107,6 +109,16 @@ def stage_memory(
         workspace=workspace,
         fragmentation=fragmentation * (activations + loss + exchange + workspace),
     )
+
+
+def _copies(work: Workload, layout: Layout, tables: int) -> float:
+    """What lookups read in place of so many parameters of tables (table_read = fp8): 1 byte each, and an fp32 scale for
+    each row, whole however its columns are shared."""
+    memory = work.model.memory
+    if memory.table_read != "fp8" or not tables:
+        return 0.0
+    rows = tables * layout.placement.columns / row_width(memory)
+    return tables + rows * (row_bytes(memory, 1) - row_width(memory))
 
 
 def host_memory(layout: Layout, tables: int) -> float:

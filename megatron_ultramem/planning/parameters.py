@@ -93,6 +93,13 @@ def row_width(memory: MemoryConfig) -> int:
     return memory.value_dim + pre_value_dim(memory)
 
 
+def row_bytes(memory: MemoryConfig, element: int) -> int:
+    """What a lookup reads of one row, of tables in `element` bytes; in FP8 codes, and an fp32 scale for each table."""
+    if memory.table_read != "fp8":
+        return element * row_width(memory)
+    return row_width(memory) + 4 * (2 if pre_value_dim(memory) else 1)
+
+
 def rows_per_token(memory: MemoryConfig) -> int:
     """Rows of a pool that one memory layer reads for a token."""
     return memory.num_heads * memory.top_m

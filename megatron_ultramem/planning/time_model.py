@@ -166,6 +166,7 @@ class TimeModel:
         # The next forward pass waits for the host in the first layer that looks up in a table, mostly one of the first.
         adam = self.kernels.adam(own, kept.total) + on_host / c.HOST_ADAM_RATE
         host = stage.num_layers * c.STEP_LAUNCHES * self.cluster.launch_us / 1e6
+        adam += self.kernels.copies(layout, kept.tables)
         return Times(gradient_comm=gradients + parameters, optimizer=adam + host)
 
 

@@ -122,6 +122,7 @@ _FREE = {
     "model.init_std",
     "model.memory.recompute",
     "model.memory.kernels",
+    "model.memory.table_read",
     "model.memory.init",
     "model.memory.balance_loss_coeff",
     "model.memory.tucker_penalty_coeff",

@@ -58,6 +58,8 @@ class MemoryHooks:
         for pool in self.pools:
             pool.reset_grad_count()  # of a step that an error ended
         if self.graphs is not None:
+            for pool in self.pools:
+                pool.refresh()  # not to be recorded, and not called by what is replayed
             self.graphs.begin_step()  # first: what is recorded must not be kept as if it had been computed
         for layer in self.layers:
             layer.begin_step()
@@ -68,6 +70,8 @@ class MemoryHooks:
 
     def end_step(self) -> None:
         """Lets the layers take up what the micro-batches left. A collective call."""
+        for pool in self.pools:
+            pool.outdate()
         for layer in self.layers:
             layer.end_step()
 

@@ -12,6 +12,18 @@ from megatron_ultramem.training.loop import evaluate, train_step
 from megatron_ultramem.training.setup import set_up
 
 
+def _scales(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """What delayed scaling carries on from step to step, of every module."""
+    return {
+        f"{number}.{name}.{direction}.{what}": getattr(module.fp8_meta[direction], what).detach().cpu()
+        for number, chunk in enumerate(model)
+        for name, module in chunk.named_modules()
+        for direction in ("scaling_fwd", "scaling_bwd")
+        for what in ("scale", "amax_history")
+        if hasattr(getattr(module, "fp8_meta", {}).get(direction), what)
+    }
+
+
 def fp8_job(overrides: list[str], steps: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
     """Trains to `steps` in all, from where checkpoint.load says; saves after each of `saves`.
 
@@ -31,12 +43,7 @@ def fp8_job(overrides: list[str], steps: int, saves: tuple[int, ...] = ()) -> di
     result["in_fp8"] = {
         layer.layer: bool(getattr(layer.query_proj, "fp8", False)) for layer in memory_layers(run.model)
     }
-    result["scales"] = {
-        f"{number}.{name}": value.clone()
-        for number, chunk in enumerate(run.model)
-        for name, value in chunk.state_dict().items()
-        if "_extra_state" in name and isinstance(value, torch.Tensor) and value.numel()
-    }
+    result["scales"] = _scales(run.model)
     result["params"] = {
         f"{number}.{name}": param.detach().float().cpu().numpy()
         for number, chunk in enumerate(run.model)

@@ -21,7 +21,8 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
     ),
 ]
-STEPS = 6
+STEPS = 4
+FP8_TABLES, GATHER = "model.memory.table_read=fp8", "train.fp8.param_gather=true"
 MODEL = [
     *MODELS["block"],
     *WIDE,
@@ -36,6 +37,7 @@ RECIPES = {
     "tensorwise": ["train.fp8.recipe=tensorwise"],
     "blockwise": ["train.fp8.recipe=blockwise"],
 }
+SLOW = ("delayed", "blockwise")
 
 
 @pytest.fixture(scope="module")
@@ -72,39 +74,42 @@ def test_memory_projections_stay_in_bf16(run: Any) -> None:
     np.testing.assert_allclose(found["losses"], run(TE)["losses"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_recomputed_memory_layers_give_the_same_losses(run: Any, recipe: str) -> None:
-    kept, recomputed = run(TE, *RECIPES[recipe]), run(TE, *RECIPES[recipe], "model.memory.recompute=true")
+def test_recomputed_memory_layers_give_the_same_losses(run: Any) -> None:
+    kept, recomputed = run(TE, *RECIPES["delayed"]), run(TE, *RECIPES["delayed"], "model.memory.recompute=true")
     np.testing.assert_allclose(recomputed["losses"], kept["losses"], rtol=1e-4)
     np.testing.assert_allclose(recomputed["grad_norms"], kept["grad_norms"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["tensorwise", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_weights_in_fp8_alone_start_from_the_same_numbers(run: Any, recipe: str) -> None:
+    """With delayed scaling the first steps differ: such weights have scales of their own before the first forward."""
     plain, gathered = run(TE, *RECIPES[recipe]), run(TE, *RECIPES[recipe], "train.fp8.param_gather=true")
-    np.testing.assert_allclose(gathered["losses"], plain["losses"], rtol=2e-3)
+    np.testing.assert_allclose(gathered["losses"], plain["losses"], rtol=2e-2 if recipe == "delayed" else 2e-3)
 
 
-@pytest.mark.parametrize("gather", ["false", "true"], ids=["bf16_weights", "fp8_weights"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_resuming_is_bitwise(
-    gpus: WorkerPool,
-    small_run: list[str],  # noqa: F811
-    tmp_path: Path,
-    recipe: str,
-    gather: str,
-) -> None:
-    settings = [*small_run, *MODEL, TE, *RECIPES[recipe], f"train.fp8.param_gather={gather}"]
-    settings += ["checkpoint.load=auto", f"train.run_dir={tmp_path}"]
+RESUMED = {
+    "bf16": [],
+    "delayed": RECIPES["delayed"],
+    "tensorwise_fp8_weights": [*RECIPES["tensorwise"], GATHER],
+    "delayed_fp8_weights": [*RECIPES["delayed"], GATHER],
+    "blockwise": RECIPES["blockwise"],
+    "fp8_tables": [FP8_TABLES],
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "blockwise" in case else []) for case in RESUMED]
+)
+def test_resuming_is_bitwise(gpus: WorkerPool, small_run: list[str], tmp_path: Path, case: str) -> None:  # noqa: F811
+    settings = [*small_run, *MODEL, TE, *RESUMED[case], "checkpoint.load=auto", f"train.run_dir={tmp_path}"]
     (straight,) = gpus.run(1, fp8_job, settings, STEPS, (STEPS // 2,))
     (resumed,) = gpus.run(1, fp8_job, settings, STEPS)
     assert resumed["losses"] == straight["losses"][STEPS // 2 :]
+    assert bool(straight["scales"]) == ("delayed" in case)
+    for what in ("scales", "params"):
+        for name, numbers in straight[what].items():
+            assert np.array_equal(resumed[what][name], numbers), name
     assert resumed["valid_loss"] == straight["valid_loss"]
-    for name, numbers in straight["params"].items():
-        assert np.array_equal(resumed["params"][name], numbers), name
-    assert bool(straight["scales"]) == (recipe == "delayed")
-    for name, state in straight["scales"].items():
-        assert torch.equal(resumed["scales"][name], state), name
 
 
 def test_a_checkpoint_moves_between_back_ends_and_precisions(
@@ -113,10 +118,24 @@ def test_a_checkpoint_moves_between_back_ends_and_precisions(
     tmp_path: Path,
 ) -> None:
     settings = [*small_run, *MODEL, "checkpoint.load=auto", f"train.run_dir={tmp_path}"]
-    (saved,) = gpus.run(1, fp8_job, [*settings, TE, *RECIPES["delayed"]], STEPS, (STEPS,))
-    for other in ([LOCAL], [TE], [TE, *RECIPES["blockwise"]]):
-        (loaded,) = gpus.run(1, fp8_job, [*settings, *other], STEPS)
+    (saved,) = gpus.run(1, fp8_job, [*settings, TE, *RECIPES["delayed"]], 2, (2,))
+    for other in ([LOCAL], [TE, *RECIPES["blockwise"]]):
+        (loaded,) = gpus.run(1, fp8_job, [*settings, *other], 2)
         np.testing.assert_allclose(loaded["valid_loss"], saved["valid_loss"], rtol=5e-3)
         for name in saved["params"]:
             if ".memory." in name:
                 assert np.array_equal(loaded["params"][name], saved["params"][name]), name
+
+
+def test_tables_read_in_fp8_train_like_those_in_bf16(run: Any) -> None:
+    in_full, read_in_fp8 = run(TE), run(TE, FP8_TABLES)
+    assert read_in_fp8["losses"][0] != in_full["losses"][0]
+    np.testing.assert_allclose(read_in_fp8["losses"], in_full["losses"], rtol=5e-3)
+    np.testing.assert_allclose(read_in_fp8["valid_loss"], in_full["valid_loss"], rtol=5e-3)
+
+
+@pytest.mark.parametrize("graphs", ["memory", "full"])
+def test_recorded_lookups_read_what_each_step_makes_of_the_tables(run: Any, graphs: str) -> None:
+    plain, recorded = run(TE, FP8_TABLES), run(TE, FP8_TABLES, f"train.cuda_graphs={graphs}")
+    assert recorded["losses"] == plain["losses"]
+    assert recorded["valid_loss"] == plain["valid_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def test_training_reads_twice_and_adds_fp32_gradients() -> None:
     decoding, training = decoding_access(work(MODEL), 64, 2).model, training_access(work(MODEL), 64, 2).model
     assert training.rows == decoding.rows / 2 * (2 * 2 + 8)
     assert training.dense == pytest.approx(decoding.dense / 2 * (2 * 2 + 8))
+
+
+def test_rows_read_in_fp8_take_a_byte_a_number_and_a_scale_a_table() -> None:
+    fp8 = dataclasses.replace(MODEL, memory=dataclasses.replace(MEMORY, table_read="fp8"))
+    decoding, training = decoding_access(work(fp8), 8, 2).model, training_access(work(fp8), 8, 2).model
+    assert decoding.rows == 2 * 4 * (16 + 8 + 2 * 4)
+    assert training.rows == 2 * 4 * (2 * (16 + 8 + 2 * 4) + 8 * (16 + 8))
+    assert decoding.dense == decoding_access(work(MODEL), 8, 2).model.dense
 
 
 def test_of_many_experts_a_batch_reads_those_that_any_token_chose() -> None:

@@ -51,6 +51,19 @@ def test_offload_moves_the_optimizer_of_tables_to_the_host() -> None:
     assert host.time.times.optimizer > device.time.times.optimizer
 
 
+@pytest.mark.parametrize("placement", ["rows", "columns"])
+def test_tables_read_in_fp8_are_held_twice(placement: str) -> None:
+    """A byte for every number, and 4 for every row of both tables, whole however its columns are shared."""
+    ranks = ["parallel.memory_parallel_size=4", f"parallel.memory_placement={placement}"]
+    for settings in ([], ranks):
+        plain, copied = plan(4, *settings), plan(4, *settings, "model.memory.table_read=fp8")
+        rows = plain.parameters.tables / 384 * (4 if placement == "columns" and settings else 1)
+        found = copied.memory.table_weights - plain.memory.table_weights
+        assert found == pytest.approx(plain.parameters.tables + 8 * rows)
+        assert copied.memory.table_gradients == plain.memory.table_gradients
+        assert copied.time.times.lookup < 0.95 * plain.time.times.lookup
+
+
 def test_memory_parallel_splits_tables_and_nothing_else() -> None:
     one, four = memory(4), memory(4, "parallel.memory_parallel_size=4")
     assert four.table_weights == one.table_weights / 4

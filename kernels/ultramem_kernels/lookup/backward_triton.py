@@ -48,13 +48,13 @@ def core_sum(products, columns, core_width, column_start, c, C: tl.constexpr):
 
 @triton.jit
 def lookup_backward_kernel(
-    indices, weights, pre_input, pre_values, values, grad_out, grad_dots,
+    indices, weights, pre_input, pre_values, values, pre_scales, scales, grad_out, grad_dots,
     grad_pre_input, grad_weights, dots_out, weights_out, grad_pre_values, grad_values,
     row_start, rows, padding, core_width, column_start,
     M: tl.constexpr, P: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, WITH_DOT: tl.constexpr, WITH_SUM: tl.constexpr, GELU: tl.constexpr,
-    ATOMIC_P: tl.constexpr, ATOMIC_V: tl.constexpr, HAS_PADDING: tl.constexpr,
+    ATOMIC_P: tl.constexpr, ATOMIC_V: tl.constexpr, HAS_PADDING: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     p0, p1 = tl.arange(0, P0), P0 + tl.arange(0, P1 if P1 > 0 else 1)
@@ -74,13 +74,13 @@ def lookup_backward_kernel(
         entry = token * M + m
         local, exists = load_local_rows(indices, entry, m < M, row_start, rows, padding, HAS_PADDING)
         if WITH_SUM:
-            product0 = load_tile(values, local, exists, v0, V) * g0[None, :]
+            product0 = load_tile(values, scales, local, exists, v0, V, CODES) * g0[None, :]
             if V1 > 0:
-                product1 = load_tile(values, local, exists, v1, V) * g1[None, :]
+                product1 = load_tile(values, scales, local, exists, v1, V, CODES) * g1[None, :]
         if WITH_DOT:
-            row0 = load_tile(pre_values, local, exists, p0, P)
+            row0 = load_tile(pre_values, pre_scales, local, exists, p0, P, CODES)
             if P1 > 0:
-                row1 = load_tile(pre_values, local, exists, p1, P)
+                row1 = load_tile(pre_values, pre_scales, local, exists, p1, P, CODES)
         if WITH_SUM:
             factor = tl.full((BLOCK_M,), 1.0, tl.float32)
             if WITH_DOT:
@@ -145,6 +145,8 @@ def backward_by_token(
     column_start: int = 0,
     row_start: int = 0,
     padding_index: int | None = None,
+    value_scales_N: torch.Tensor | None = None,
+    pre_value_scales_N: torch.Tensor | None = None,
     block_m: int | None = None,
     num_warps: int | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -155,7 +157,8 @@ def backward_by_token(
     (weights_TMC itself without pre-values).
     """
     table: Any = values_NV if values_NV is not None else pre_values_NP
-    float_dtype_ok(table)
+    codes = table.dtype == torch.uint8
+    float_dtype_ok(None if codes else table)
     T, M = indices_TM.shape
     device = indices_TM.device
     with_dot, with_sum = pre_values_NP is not None, values_NV is not None
@@ -177,11 +180,13 @@ def backward_by_token(
     block_m = block_m or min(triton.next_power_of_2(M), max(2, 2048 // triton.next_power_of_2(width)))
     num_warps = num_warps or (1 if block_m * width <= 2048 else 2)
     lookup_backward_kernel[(T,)](
-        indices_TM, weights_TMC, pre_input_TP, pre_values_NP, values_NV, grad_out_TV, grad_dots_TM,
+        indices_TM, weights_TMC, pre_input_TP, pre_values_NP, values_NV, pre_value_scales_N, value_scales_N,
+        grad_out_TV, grad_dots_TM,
         grad_pre_input, grad_weights, d_dots, final, grad_pre_values_NP, grad_values_NV,
         row_start, rows_argument(table),
         -1 if padding_index is None else padding_index, core_width or max(V // C, 1), column_start,
         M, P, V, C, P0, P1, V0, V1, BLOCK_M=block_m, WITH_DOT=with_dot, WITH_SUM=with_sum, GELU=activation == "gelu",
-        ATOMIC_P=atomic_p, ATOMIC_V=atomic_v, HAS_PADDING=padding_index is not None, num_warps=num_warps,
+        ATOMIC_P=atomic_p, ATOMIC_V=atomic_v, HAS_PADDING=padding_index is not None,
+        CODES=codes, num_warps=num_warps,
     )  # fmt: skip
     return grad_pre_input, grad_weights, d_dots, final

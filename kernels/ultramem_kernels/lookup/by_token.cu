@@ -9,17 +9,84 @@
 //   WARPS      per block
 //   STAGES     steps in flight
 //   BLOCKS     per multiprocessor at least: bounds the registers
+//   CODES      tables are E4M3 codes with a scale for each row (fp8_rows.py); inputs and outputs stay half_t
 //   ATOMIC     the backward adds the tables' gradients itself (else it leaves the factors that segments.cu needs)
 
-#define NP ((P + 8 * G - 1) / (8 * G))
-#define NV ((V + 8 * G - 1) / (8 * G))
+#if CODES
+typedef unsigned char row_t;
+#define PER 16  // numbers of a row in 16 bytes
+#else
+typedef half_t row_t;
+#define PER 8
+#endif
+#define PARTS (PER / 8)  // 16-byte pieces of inputs beside one of a row
+#define NP ((P + PER * G - 1) / (PER * G))
+#define NV ((V + PER * G - 1) / (PER * G))
 #define SOME(n) ((n) > 0 ? (n) : 1)
 #define ROWS (32 / G)
 
-__device__ __forceinline__ void copy16(uint4* to, const half_t* from, bool real) {
+__device__ __forceinline__ void copy16(uint4* to, const void* from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned int)__cvta_generic_to_shared(to)),
                  "l"(from), "r"(real ? 16 : 0)
                  : "memory");
+}
+
+__device__ __forceinline__ void copy4(float* to, const float* from, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned int)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(real ? 4 : 0)
+                 : "memory");
+}
+
+#if CODES
+// E4M3 has fp32's layout but for the widths: moved there it is off by 2^120, subnormals too.
+__device__ __forceinline__ float decode(unsigned int code) {
+    return __uint_as_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 1.329227995784916e36f;
+}
+
+__device__ __forceinline__ void decode4(unsigned int codes, float* wide) {
+#if __CUDA_ARCH__ >= 890
+    asm("{.reg .b16 l, h, a, b; .reg .b32 x, y; mov.b32 {l, h}, %4; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h;"
+        "mov.b32 {a, b}, x; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; mov.b32 {a, b}, y; cvt.f32.f16 %2, a; cvt.f32.f16 %3, b;}"
+        : "=f"(wide[0]), "=f"(wide[1]), "=f"(wide[2]), "=f"(wide[3])
+        : "r"(codes));
+#else
+#pragma unroll
+    for (int e = 0; e < 4; e++) wide[e] = decode(codes >> (8 * e));
+#endif
+}
+
+__device__ __forceinline__ void unpack_row(const uint4& packed, float* wide) {
+    decode4(packed.x, wide), decode4(packed.y, wide + 4), decode4(packed.z, wide + 8), decode4(packed.w, wide + 12);
+}
+#else
+__device__ __forceinline__ void unpack_row(const uint4& packed, float* wide) { unpack(packed, wide); }
+#endif
+
+// The PARTS pieces of an input [.., width] beside a piece of a row; zeros beyond its end.
+__device__ __forceinline__ void load_input(uint4* to, const half_t* from, int column, int width) {
+#pragma unroll
+    for (int h = 0; h < PARTS; h++) {
+        to[h] = make_uint4(0, 0, 0, 0);
+        if (column < width) to[h] = *(const uint4*)(from + column + 8 * h);
+    }
+}
+
+__device__ __forceinline__ void store_output(half_t* to, const float* sum, int column, int width) {
+    if (column >= width) return;
+#pragma unroll
+    for (int h = 0; h < PARTS; h++) *(uint4*)(to + column + 8 * h) = pack8(sum + 8 * h);
+}
+
+// `sum` plus the products of a piece of a row and the input beside it.
+__device__ __forceinline__ float add_products(float sum, const float* wide, const uint4* input) {
+    float other[8];
+#pragma unroll
+    for (int h = 0; h < PARTS; h++) {
+        unpack(input[h], other);
+#pragma unroll
+        for (int e = 0; e < 8; e++) sum += wide[8 * h + e] * other[e];
+    }
+    return sum;
 }
 
 __device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -52,9 +119,11 @@ __device__ __forceinline__ float activation_slope(float dot) {
 
 // The rows of this warp's tokens, in the order of their use: token, token + stride, ..., each with its M entries.
 struct Feed {
-    uint4* slots;  // this thread's, of every stage and chunk
+    uint4* slots;        // this thread's, of every stage and chunk
+    float* scale_slots;  // and those of the scales of its two rows
     const INDEX* indices;
-    const half_t *pre_values, *values;
+    const row_t *pre_values, *values;
+    const float *pre_scales, *scales;
     i64 token, stride, row_start, padding;
     int T, M, rows, first, step, row, next_row, stage;
 
@@ -85,16 +154,21 @@ struct Feed {
             uint4* to = slots + stage * (NP + NV) * 32 * WARPS;
 #pragma unroll
             for (int j = 0; j < NP; j++) {
-                const int column = (j * G + part) * 8;
+                const int column = (j * G + part) * PER;
                 const bool real = mine >= 0 && column < P;
                 copy16(to + j * 32 * WARPS, pre_values + (real ? (i64)mine * P + column : 0), real);
             }
 #pragma unroll
             for (int j = 0; j < NV; j++) {
-                const int column = (j * G + part) * 8;
+                const int column = (j * G + part) * PER;
                 const bool real = mine >= 0 && column < V;
                 copy16(to + (NP + j) * 32 * WARPS, values + (real ? (i64)mine * V + column : 0), real);
             }
+#if CODES
+            float* scale_to = scale_slots + stage * 2 * 32 * WARPS;
+            if (P > 0) copy4(scale_to, pre_scales + (mine >= 0 ? mine : 0), mine >= 0);
+            if (V > 0) copy4(scale_to + 32 * WARPS, scales + (mine >= 0 ? mine : 0), mine >= 0);
+#endif
             step += ROWS;
             if (step >= 32 || first + step >= M) {
                 row = next_row, step = 0, first += 32;
@@ -111,35 +185,42 @@ struct Feed {
         await_oldest_stage();
         return slots + stage * (NP + NV) * 32 * WARPS;
     }
+
+    // Scale of this lane's row in that stage: of the pre-values (0), of the values (1).
+    __device__ __forceinline__ float scale(int table) const {
+#if CODES
+        return scale_slots[(stage * 2 + table) * 32 * WARPS];
+#else
+        return 1.0f;
+#endif
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const half_t* pre_values,
-               const half_t* values, half_t* out, float* dots, int T, int M, i64 row_start, i64 rows, i64 padding,
-               int core_width, int column_start) {
+lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const row_t* pre_values,
+               const row_t* values, const float* pre_scales, const float* scales, half_t* out, float* dots, int T, int M,
+               i64 row_start, i64 rows, i64 padding, int core_width, int column_start) {
     __shared__ uint4 slots[STAGES][NP + NV][32 * WARPS];
+    __shared__ float scale_slots[CODES ? STAGES : 1][CODES ? 2 : 1][CODES ? 32 * WARPS : 1];
     const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
     const i64 stride = (i64)gridDim.x * WARPS;
     i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (token >= T) return;
-    Feed feed = {&slots[0][0][threadIdx.x], indices, pre_values, values, token, stride, row_start, padding, T, M, (int)rows};
+    Feed feed = {&slots[0][0][threadIdx.x], &scale_slots[0][0][CODES ? threadIdx.x : 0], indices, pre_values, values,
+                 pre_scales, scales, token, stride, row_start, padding, T, M, (int)rows};
     feed.start();
     int core[SOME(NV)];
 #pragma unroll
-    for (int j = 0; j < NV; j++) core[j] = ((j * G + part) * 8 + column_start) / core_width;
+    for (int j = 0; j < NV; j++) core[j] = ((j * G + part) * PER + column_start) / core_width;
     for (; token < T; token += stride) {
-        uint4 x[SOME(NP)];
-        float sum[SOME(NV)][8];
+        uint4 x[SOME(NP)][PARTS];
+        float sum[SOME(NV)][PER];
 #pragma unroll
-        for (int j = 0; j < NP; j++) {
-            const int column = (j * G + part) * 8;
-            x[j] = make_uint4(0, 0, 0, 0);
-            if (column < P) x[j] = *(const uint4*)(pre_input + token * P + column);
-        }
+        for (int j = 0; j < NP; j++) load_input(x[j], pre_input + token * P, (j * G + part) * PER, P);
 #pragma unroll
         for (int j = 0; j < NV; j++) {
 #pragma unroll
-            for (int e = 0; e < 8; e++) sum[j][e] = 0.0f;
+            for (int e = 0; e < PER; e++) sum[j][e] = 0.0f;
         }
         for (int first = 0; first < M; first += 32) {
             const int count = min(32, M - first);
@@ -149,20 +230,18 @@ lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_in
             for (int c = 0; c < C; c++) weight[c] = V > 0 && lane < count ? widen(weights[entry * C + c]) : 0.0f;
             for (int step = 0; step < count; step += ROWS) {
                 const uint4* at = feed.await();
-                float dot = 0.0f, wide[8], other[8], factor[C];
+                float dot = 0.0f, wide[PER], factor[C];
 #pragma unroll
                 for (int j = 0; j < NP; j++) {
-                    unpack(at[j * 32 * WARPS], wide);
-                    unpack(x[j], other);
-#pragma unroll
-                    for (int e = 0; e < 8; e++) dot += wide[e] * other[e];
+                    unpack_row(at[j * 32 * WARPS], wide);
+                    dot = add_products(dot, wide, x[j]);
                 }
-                dot = sum_over_row(dot);
+                if (P > 0) dot = sum_over_row(dot) * feed.scale(0);
                 if (V == 0) {
                     const float kept = __shfl_sync(FULL, dot, ((lane - step) & (ROWS - 1)) * G);
                     if (lane >= step && lane < step + ROWS) my_dot = kept;
                 }
-                const float active = P > 0 ? activate(dot) : 1.0f;
+                const float active = (P > 0 ? activate(dot) : 1.0f) * (V > 0 ? feed.scale(1) : 1.0f);
 #pragma unroll
                 for (int c = 0; c < C; c++) factor[c] = active * __shfl_sync(FULL, weight[c], step + group);
 #pragma unroll
@@ -170,9 +249,9 @@ lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_in
                     float here = factor[0];
 #pragma unroll
                     for (int c = 1; c < C; c++) here = core[j] >= c ? factor[c] : here;
-                    unpack(at[(NP + j) * 32 * WARPS], wide);
+                    unpack_row(at[(NP + j) * 32 * WARPS], wide);
 #pragma unroll
-                    for (int e = 0; e < 8; e++) sum[j][e] += here * wide[e];
+                    for (int e = 0; e < PER; e++) sum[j][e] += here * wide[e];
                 }
                 feed.ask();
             }
@@ -181,13 +260,12 @@ lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_in
 #pragma unroll
         for (int j = 0; j < NV; j++) {
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
+            for (int e = 0; e < PER; e++) {
 #pragma unroll
                 for (int distance = 16; distance >= G; distance /= 2)
                     sum[j][e] += __shfl_xor_sync(FULL, sum[j][e], distance);
             }
-            const int column = (j * G + part) * 8;
-            if (group == 0 && column < V) *(uint4*)(out + token * V + column) = pack8(sum[j]);
+            if (group == 0) store_output(out + token * V, sum[j], (j * G + part) * PER, V);
         }
     }
 }
@@ -195,37 +273,34 @@ lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_in
 // `weights` are scores where P > 0, else final weights. `grad_out` [T, V]; without values `grad_dots` [T, M]. With ATOMIC
 // either table's gradient may be null: not wanted.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const half_t* pre_values,
-                const half_t* values, const half_t* grad_out, const DOT* grad_dots, half_t* grad_pre_input,
-                WEIGHT* grad_weights, float* d_dots, float* final_weights, float* grad_pre_values, float* grad_values,
-                int T, int M, i64 row_start, i64 rows, i64 padding, int core_width, int column_start) {
+lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const row_t* pre_values,
+                const row_t* values, const float* pre_scales, const float* scales, const half_t* grad_out,
+                const DOT* grad_dots, half_t* grad_pre_input, WEIGHT* grad_weights, float* d_dots, float* final_weights,
+                float* grad_pre_values, float* grad_values, int T, int M, i64 row_start, i64 rows, i64 padding,
+                int core_width, int column_start) {
     __shared__ uint4 slots[STAGES][NP + NV][32 * WARPS];
+    __shared__ float scale_slots[CODES ? STAGES : 1][CODES ? 2 : 1][CODES ? 32 * WARPS : 1];
     const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
     const i64 stride = (i64)gridDim.x * WARPS;
     i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (token >= T) return;
-    Feed feed = {&slots[0][0][threadIdx.x], indices, pre_values, values, token, stride, row_start, padding, T, M, (int)rows};
+    Feed feed = {&slots[0][0][threadIdx.x], &scale_slots[0][0][CODES ? threadIdx.x : 0], indices, pre_values, values,
+                 pre_scales, scales, token, stride, row_start, padding, T, M, (int)rows};
     feed.start();
     int core[SOME(NV)];
 #pragma unroll
-    for (int j = 0; j < NV; j++) core[j] = ((j * G + part) * 8 + column_start) / core_width;
+    for (int j = 0; j < NV; j++) core[j] = ((j * G + part) * PER + column_start) / core_width;
     for (; token < T; token += stride) {
-        uint4 x[SOME(NP)], g[SOME(NV)];
-        float dx[SOME(NP)][8];
+        uint4 x[SOME(NP)][PARTS], g[SOME(NV)][PARTS];
+        float dx[SOME(NP)][PER];
 #pragma unroll
         for (int j = 0; j < NP; j++) {
-            const int column = (j * G + part) * 8;
-            x[j] = make_uint4(0, 0, 0, 0);
-            if (column < P) x[j] = *(const uint4*)(pre_input + token * P + column);
+            load_input(x[j], pre_input + token * P, (j * G + part) * PER, P);
 #pragma unroll
-            for (int e = 0; e < 8; e++) dx[j][e] = 0.0f;
+            for (int e = 0; e < PER; e++) dx[j][e] = 0.0f;
         }
 #pragma unroll
-        for (int j = 0; j < NV; j++) {
-            const int column = (j * G + part) * 8;
-            g[j] = make_uint4(0, 0, 0, 0);
-            if (column < V) g[j] = *(const uint4*)(grad_out + token * V + column);
-        }
+        for (int j = 0; j < NV; j++) load_input(g[j], grad_out + token * V, (j * G + part) * PER, V);
         for (int first = 0; first < M; first += 32) {
             const int count = min(32, M - first);
             const i64 entry = token * M + first + lane;
@@ -241,7 +316,8 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
             if (V == 0 && lane < count) its_slope = widen(grad_dots[entry]);
             for (int step = 0; step < count; step += ROWS) {
                 const uint4* at = feed.await();
-                float dot = 0.0f, d_dot = 0.0f, q[C], wide[8], other[8];
+                float dot = 0.0f, d_dot = 0.0f, q[C], wide[PER];
+                const float pre_scale = P > 0 ? feed.scale(0) : 1.0f;
                 // Lane `step + i` of the warp keeps the results of the i-th row of this group of rows.
                 const int source = ((lane - step) & (ROWS - 1)) * G;
                 const bool mine = lane >= step && lane < step + ROWS;
@@ -249,28 +325,23 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
                 for (int c = 0; c < C; c++) q[c] = 0.0f;
 #pragma unroll
                 for (int j = 0; j < NV; j++) {
-                    float product = 0.0f;
-                    unpack(at[(NP + j) * 32 * WARPS], wide);
-                    unpack(g[j], other);
-#pragma unroll
-                    for (int e = 0; e < 8; e++) product += wide[e] * other[e];
+                    unpack_row(at[(NP + j) * 32 * WARPS], wide);
+                    const float product = add_products(0.0f, wide, g[j]);
 #pragma unroll
                     for (int c = 0; c < C; c++) q[c] += core[j] == c ? product : 0.0f;
                 }
                 if (P > 0 && V > 0) {
 #pragma unroll
                     for (int j = 0; j < NP; j++) {
-                        unpack(at[j * 32 * WARPS], wide);
-                        unpack(x[j], other);
-#pragma unroll
-                        for (int e = 0; e < 8; e++) dot += wide[e] * other[e];
+                        unpack_row(at[j * 32 * WARPS], wide);
+                        dot = add_products(dot, wide, x[j]);
                     }
-                    dot = sum_over_row(dot);
+                    dot = sum_over_row(dot) * pre_scale;
                 }
                 const float active = P > 0 ? activate(dot) : 1.0f;
 #pragma unroll
                 for (int c = 0; c < C && V > 0; c++) {
-                    q[c] = sum_over_row(q[c]);
+                    q[c] = sum_over_row(q[c]) * feed.scale(1);
                     d_dot += q[c] * __shfl_sync(FULL, weight[c], step + group);
                     const float kept = __shfl_sync(FULL, active * q[c], source);
                     if (mine) my_grad[c] = kept;
@@ -283,9 +354,9 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
                 if (V == 0) d_dot = __shfl_sync(FULL, its_slope, step + group);
 #pragma unroll
                 for (int j = 0; j < NP; j++) {
-                    unpack(at[j * 32 * WARPS], wide);
+                    unpack_row(at[j * 32 * WARPS], wide);
 #pragma unroll
-                    for (int e = 0; e < 8; e++) dx[j][e] += d_dot * wide[e];
+                    for (int e = 0; e < PER; e++) dx[j][e] += d_dot * pre_scale * wide[e];
                 }
                 feed.ask();
             }
@@ -336,13 +407,12 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
 #pragma unroll
         for (int j = 0; j < NP; j++) {
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
+            for (int e = 0; e < PER; e++) {
 #pragma unroll
                 for (int distance = 16; distance >= G; distance /= 2)
                     dx[j][e] += __shfl_xor_sync(FULL, dx[j][e], distance);
             }
-            const int column = (j * G + part) * 8;
-            if (group == 0 && column < P) *(uint4*)(grad_pre_input + token * P + column) = pack8(dx[j]);
+            if (group == 0) store_output(grad_pre_input + token * P, dx[j], (j * G + part) * PER, P);
         }
     }
 }

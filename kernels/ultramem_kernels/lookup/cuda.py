@@ -17,16 +17,21 @@ SHARED_BYTES = 48 * 1024
 
 
 class Blocks(NamedTuple):
-    """How by_token.cu cuts the work. `stages` steps of rows in flight a warp; `blocks` a multiprocessor at least."""
+    """How by_token.cu cuts the work. `stages` steps of rows in flight a warp; `blocks` a multiprocessor at least;
+    `loads` of 16 bytes that a lane makes of a row at most."""
 
     warps: int = 4
     stages: int = 3
     blocks: int = 4
     persistent: bool = False  # no more blocks than run at once: they walk over the tokens
+    loads: int = 3
 
 
 FORWARD = Blocks()
 BACKWARD = Blocks()
+# A lane keeps twice as many sums for a load of codes, and the backward keeps its inputs too.
+CODES_FORWARD = Blocks()
+CODES_BACKWARD = Blocks(loads=2)
 
 
 def source(name: str) -> str:
@@ -40,10 +45,10 @@ def make_module(name: str, device: torch.device, defines: dict[str, object]) -> 
     return Module(source(name), defines, device)
 
 
-def lanes_per_row(width: int) -> int:
-    """4, 8, 16 or 32 lanes share a row: the fewest that keep it to at most 3 loads of 16 bytes a lane."""
+def lanes_per_row(row_bytes: int, loads: int) -> int:
+    """4, 8, 16 or 32 lanes share a row: the fewest that keep it to at most `loads` loads of 16 bytes a lane."""
     for lanes in (4, 8, 16):
-        if width <= 3 * 8 * lanes:
+        if row_bytes <= loads * 16 * lanes:
             return lanes
     return 32
 
@@ -55,22 +60,28 @@ def supports(
     cores: int,
     core_width: int,
     column_start: int,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether these kernels cover the shape: 16-bit tables, columns in chunks of 8 that lie in one core."""
+    """Whether these kernels cover the shape: 16-bit tables, or codes beside inputs of a 16-bit `dtype`; columns in
+    chunks of 16 bytes that lie in one core."""
     if not device_supported(indices_TM.device) or indices_TM.dtype not in (torch.int32, torch.int64):
         return False
     table = values_NV if values_NV is not None else pre_values_NP
     assert table is not None
-    if table.dtype not in (torch.bfloat16, torch.float16) or cores > 8 or indices_TM.numel() >= 2**31:
+    inputs = dtype if table.dtype == torch.uint8 else table.dtype
+    if inputs not in (torch.bfloat16, torch.float16) or cores > 8 or indices_TM.numel() >= 2**31:
         return False
-    if values_NV is not None and (not _readable(values_NV) or core_width % 8 or column_start % 8):
+    chunk = 16 // table.element_size()
+    if values_NV is not None and (not _readable(values_NV) or core_width % chunk or column_start % chunk):
         return False
     return pre_values_NP is None or (pre_values_NP.dtype == table.dtype and _readable(pre_values_NP))
 
 
 def _readable(table: torch.Tensor) -> bool:
     rows, width = table.shape
-    return width % 8 == 0 and 0 < width <= 1024 and rows < 2**31 - 1 and table.data_ptr() % 16 == 0
+    return (
+        width * table.element_size() % 16 == 0 and 0 < width <= 1024 and rows < 2**31 - 1 and table.data_ptr() % 16 == 0
+    )
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +102,7 @@ class _Plan(NamedTuple):
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
 
-_SIGNATURES = {"lookup_forward": "P" * 7 + "iiqqqii", "lookup_backward": "P" * 13 + "iiqqqii"}
+_SIGNATURES = {"lookup_forward": "P" * 9 + "iiqqqii", "lookup_backward": "P" * 15 + "iiqqqii"}
 
 
 def _plan(
@@ -107,18 +118,21 @@ def _plan(
     gelu: bool,
     padding: bool,
     atomic: bool,
+    codes: bool,
     blocks: Blocks,
 ) -> _Plan:
-    key = (name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, blocks)
+    key = (name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, codes, blocks)
     plan = _plans.get(key)
     if plan is None:
-        lanes = lanes_per_row(max(P, V))
-        chunks = -(-P // (8 * lanes)) - (-V // (8 * lanes))
-        stages = max(1, min(blocks.stages, SHARED_BYTES // (chunks * 16 * 32 * blocks.warps)))
+        element, chunk = (1, 16) if codes else (2, 8)
+        lanes = lanes_per_row(element * max(P, V), blocks.loads)
+        chunks = -(-P // (chunk * lanes)) - (-V // (chunk * lanes))
+        stages = max(1, min(blocks.stages, SHARED_BYTES // ((chunks * 16 + codes * 8) * 32 * blocks.warps)))
         defines = {
             "FP16": int(dtype == torch.float16), "INDEX": C_TYPES[index_dtype], "WEIGHT": C_TYPES[weight_dtype],
             "DOT": C_TYPES[dot_dtype], "P": P, "V": V, "C": C, "GELU": int(gelu), "PADDING": int(padding), "G": lanes,
             "WARPS": blocks.warps, "STAGES": stages, "BLOCKS": blocks.blocks, "ATOMIC": int(atomic),
+            "CODES": int(codes),
         }  # fmt: skip
         most = blocks.blocks * multiprocessors(device) if blocks.persistent else 2**31 - 1
         kernel = make_module("by_token.cu", device, defines).kernel(name, _SIGNATURES[name])
@@ -138,27 +152,33 @@ def forward(
     column_start: int = 0,
     row_start: int = 0,
     padding_index: int | None = None,
-    blocks: Blocks = FORWARD,
+    value_scales_N: torch.Tensor | None = None,
+    pre_value_scales_N: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    blocks: Blocks | None = None,
 ) -> torch.Tensor:
-    """Pooled values [T, V]; without values the dots [T, M] fp32. Weights fp32 or of the tables' dtype."""
+    """Pooled values [T, V]; without values the dots [T, M] fp32. Weights fp32 or of the inputs' dtype, which is
+    `dtype` where the tables hold codes, else theirs."""
     T, M = indices_TM.shape
     table: Any = values_NV if values_NV is not None else pre_values_NP
     P = 0 if pre_values_NP is None else pre_values_NP.shape[1]
     V = 0 if values_NV is None else values_NV.shape[1]
     C, weight_dtype = (1, torch.float32) if weights_TMC is None else (weights_TMC.shape[2], weights_TMC.dtype)
-    out = torch.empty((T, V) if V else (T, M), dtype=table.dtype if V else torch.float32, device=table.device)
+    codes, dtype = table.dtype == torch.uint8, dtype or table.dtype
+    out = torch.empty((T, V) if V else (T, M), dtype=dtype if V else torch.float32, device=table.device)
     if T == 0 or M == 0:
         return out.zero_()
     plan = _plan(
-        "lookup_forward", table.device, table.dtype, indices_TM.dtype, weight_dtype, torch.float32, P, V, C,
-        activation == "gelu", padding_index is not None, False, blocks,
+        "lookup_forward", table.device, dtype, indices_TM.dtype, weight_dtype, torch.float32, P, V, C,
+        activation == "gelu", padding_index is not None, False, codes, blocks or (CODES_FORWARD if codes else FORWARD),
     )  # fmt: skip
     pre_input_TP = None if pre_input_TP is None else aligned(pre_input_TP)
     at = out.data_ptr()
     plan.kernel(
         plan.grid(T), 32 * plan.warps, indices_TM.data_ptr(), pointer(weights_TMC), pointer(pre_input_TP),
-        pointer(pre_values_NP), pointer(values_NV), at if V else 0, 0 if V else at, T, M, row_start,
-        rows_argument(table), padding_index or 0, core_width, column_start,
+        pointer(pre_values_NP), pointer(values_NV), pointer(pre_value_scales_N), pointer(value_scales_N),
+        at if V else 0, 0 if V else at, T, M, row_start, rows_argument(table), padding_index or 0, core_width,
+        column_start,
     )  # fmt: skip
     return out
 
@@ -180,7 +200,10 @@ def backward_by_token(
     column_start: int = 0,
     row_start: int = 0,
     padding_index: int | None = None,
-    blocks: Blocks = BACKWARD,
+    value_scales_N: torch.Tensor | None = None,
+    pre_value_scales_N: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(grad_pre_input, grad_weights, d_dot [T, M], final weights [T, M, C]).
 
@@ -190,7 +213,7 @@ def backward_by_token(
     """
     T, M = indices_TM.shape
     table: Any = values_NV if values_NV is not None else pre_values_NP
-    device = table.device
+    device, codes = table.device, table.dtype == torch.uint8
     P = 0 if pre_values_NP is None else pre_values_NP.shape[1]
     V = 0 if values_NV is None else values_NV.shape[1]
     C, weight_dtype = (1, torch.float32) if weights_TMC is None else (weights_TMC.shape[2], weights_TMC.dtype)
@@ -203,17 +226,17 @@ def backward_by_token(
     if T == 0 or M == 0:
         return (None if grad_pre_input is None else grad_pre_input.zero_()), grad_weights, d_dots, final
     plan = _plan(
-        "lookup_backward", device, table.dtype, indices_TM.dtype, weight_dtype,
+        "lookup_backward", device, dtype or table.dtype, indices_TM.dtype, weight_dtype,
         torch.float32 if grad_dots_TM is None else grad_dots_TM.dtype, P, V, C, activation == "gelu",
-        padding_index is not None, atomic, blocks,
+        padding_index is not None, atomic, codes, blocks or (CODES_BACKWARD if codes else BACKWARD),
     )  # fmt: skip
     pre_input_TP = None if pre_input_TP is None else aligned(pre_input_TP)
     grad_out_TV = None if grad_out_TV is None else aligned(grad_out_TV)
     plan.kernel(
         plan.grid(T), 32 * plan.warps, indices_TM.data_ptr(), pointer(weights_TMC), pointer(pre_input_TP),
-        pointer(pre_values_NP), pointer(values_NV), pointer(grad_out_TV), pointer(grad_dots_TM),
-        pointer(grad_pre_input), pointer(grad_weights), pointer(d_dots), pointer(final),
-        pointer(grad_pre_values_NP), pointer(grad_values_NV), T, M, row_start, rows_argument(table),
+        pointer(pre_values_NP), pointer(values_NV), pointer(pre_value_scales_N), pointer(value_scales_N),
+        pointer(grad_out_TV), pointer(grad_dots_TM), pointer(grad_pre_input), pointer(grad_weights), pointer(d_dots),
+        pointer(final), pointer(grad_pre_values_NP), pointer(grad_values_NV), T, M, row_start, rows_argument(table),
         padding_index or 0, core_width, column_start,
     )  # fmt: skip
     return grad_pre_input, grad_weights, d_dots, final

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ultramem_kernels.lookup.fp8_rows_triton import decode
 from ultramem_kernels.tiles import cover, float_dtype_ok, rows_argument
 
 
@@ -29,10 +30,13 @@ def load_local_rows(indices, entry, mask, row_start, rows, padding, HAS_PADDING:
 
 
 @triton.jit
-def load_tile(table, local, exists, columns, WIDTH):
+def load_tile(table, scales, local, exists, columns, WIDTH, CODES: tl.constexpr):
     """Rows `local` of a table, columns `columns`, in fp32; 0 where the row or the column does not exist."""
     pointers = table + local[:, None] * WIDTH + columns[None, :]
-    return tl.load(pointers, mask=exists[:, None] & (columns < WIDTH)[None, :], other=0.0).to(tl.float32)
+    tile = tl.load(pointers, mask=exists[:, None] & (columns < WIDTH)[None, :], other=0)
+    if CODES:
+        return decode(tile) * tl.load(scales + local, mask=exists, other=0.0)[:, None]
+    return tile.to(tl.float32)
 
 
 @triton.jit
@@ -54,12 +58,12 @@ def spread_over_columns(weights, entry, exists, factor, columns, core_width, col
 
 @triton.jit
 def lookup_forward_kernel(
-    indices, weights, pre_input, pre_values, values, out, dots,
+    indices, weights, pre_input, pre_values, values, pre_scales, scales, out, dots,
     row_start, rows, padding, core_width, column_start,
     M: tl.constexpr, P: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, WITH_DOT: tl.constexpr, WITH_SUM: tl.constexpr, GELU: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
+    HAS_PADDING: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     p0, p1 = tl.arange(0, P0), P0 + tl.arange(0, P1 if P1 > 0 else 1)
@@ -77,13 +81,13 @@ def lookup_forward_kernel(
         local, exists = load_local_rows(indices, entry, m < M, row_start, rows, padding, HAS_PADDING)
         # The value rows are asked for before the dot products are reduced: their latencies overlap.
         if WITH_SUM:
-            row0 = load_tile(values, local, exists, v0, V)
+            row0 = load_tile(values, scales, local, exists, v0, V, CODES)
             if V1 > 0:
-                row1 = load_tile(values, local, exists, v1, V)
+                row1 = load_tile(values, scales, local, exists, v1, V, CODES)
         if WITH_DOT:
-            dot = tl.sum(load_tile(pre_values, local, exists, p0, P) * x0[None, :], axis=1)
+            dot = tl.sum(load_tile(pre_values, pre_scales, local, exists, p0, P, CODES) * x0[None, :], axis=1)
             if P1 > 0:
-                dot += tl.sum(load_tile(pre_values, local, exists, p1, P) * x1[None, :], axis=1)
+                dot += tl.sum(load_tile(pre_values, pre_scales, local, exists, p1, P, CODES) * x1[None, :], axis=1)
             if not WITH_SUM:
                 tl.store(dots + entry, dot, mask=m < M)
             factor = dot
@@ -113,22 +117,26 @@ def forward(
     column_start: int = 0,
     row_start: int = 0,
     padding_index: int | None = None,
+    value_scales_N: torch.Tensor | None = None,
+    pre_value_scales_N: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
     block_m: int | None = None,
     num_warps: int | None = None,
 ) -> torch.Tensor:
-    """Pooled values [T, V] (tables' dtype) if `values_NV` is given, else the partial dots [T, M] fp32.
+    """Pooled values [T, V] (`dtype`, or the tables') if `values_NV` is given, else the partial dots [T, M] fp32.
 
     With both tables `weights_TMC` are scores, multiplied by act(dot); with `values_NV` alone they are final weights.
     """
     table: Any = values_NV if values_NV is not None else pre_values_NP
-    float_dtype_ok(table)
+    codes = table.dtype == torch.uint8
+    float_dtype_ok(None if codes else table)
     T, M = indices_TM.shape
     with_dot, with_sum = pre_values_NP is not None, values_NV is not None
     P = 1 if pre_values_NP is None else pre_values_NP.shape[1]
     V = 1 if values_NV is None else values_NV.shape[1]
     C = 1 if weights_TMC is None else weights_TMC.shape[2]
     if with_sum:
-        out = torch.empty(T, V, dtype=table.dtype, device=indices_TM.device)
+        out = torch.empty(T, V, dtype=dtype or table.dtype, device=indices_TM.device)
     else:
         out = torch.empty(T, M, dtype=torch.float32, device=indices_TM.device)
     if T == 0:
@@ -144,10 +152,10 @@ def forward(
     )
     num_warps = num_warps or (8 if T < 512 else 1 if block_m * width <= 2048 else 2)
     lookup_forward_kernel[(T,)](
-        indices_TM, weights_TMC, pre_input_TP, pre_values_NP, values_NV, out, out,
+        indices_TM, weights_TMC, pre_input_TP, pre_values_NP, values_NV, pre_value_scales_N, value_scales_N, out, out,
         row_start, rows_argument(table), -1 if padding_index is None else padding_index,
         core_width or max(V // C, 1), column_start, M, P, V, C, P0, P1, V0, V1,
         BLOCK_M=block_m, WITH_DOT=with_dot, WITH_SUM=with_sum, GELU=activation == "gelu",
-        HAS_PADDING=padding_index is not None, num_warps=num_warps,
+        HAS_PADDING=padding_index is not None, CODES=codes, num_warps=num_warps,
     )  # fmt: skip
     return out

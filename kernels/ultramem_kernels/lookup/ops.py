@@ -43,6 +43,7 @@ def _backend(
     pre_values: Optional[torch.Tensor],
     core_width: int,
     column_start: int,
+    dtype: Optional[torch.dtype] = None,
 ) -> str:
     cores = 1 if weights is None else weights.shape[2]
     table = values if values is not None else pre_values
@@ -50,7 +51,7 @@ def _backend(
     return choose(
         options_backend,
         table,
-        lambda: cuda.supports(values, pre_values, indices, cores, core_width, column_start),
+        lambda: cuda.supports(values, pre_values, indices, cores, core_width, column_start, dtype),
     )
 
 
@@ -71,36 +72,46 @@ def run_lookup_forward(
     row_start: int,
     padding_index: Optional[int],
     backend: Optional[str],
+    value_scales: Optional[torch.Tensor] = None,
+    pre_value_scales: Optional[torch.Tensor] = None,
+    dtype: Optional[torch.dtype] = None,
 ) -> torch.Tensor:
-    """Pooled values [T, V]; without `values` the dots [T, M]; without `pre_values` `weights` are final."""
-    chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
+    """Pooled values [T, V]; without `values` the dots [T, M]; without `pre_values` `weights` are final.
+
+    With scales (contiguous, fp32) the tables hold codes (see fp8_rows.py), and `dtype` is that of inputs and output.
+    """
+    chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start, dtype)
     w, x, v, p = _present(weights, pre_input, values, pre_values)
+    place: dict[str, Any] = {"row_start": row_start, "padding_index": padding_index}
+    scales: dict[str, Any] = {"value_scales_N": value_scales, "pre_value_scales_N": pre_value_scales}
     if chosen == "cuda":
         return cuda.forward(
-            indices, _readable(w, v), x, v, p, activation=activation, core_width=core_width, column_start=column_start,
-            row_start=row_start, padding_index=padding_index,
+            indices, _readable(w, v, dtype), x, v, p, activation=activation, core_width=core_width,
+            column_start=column_start, dtype=dtype, **place, **scales,
         )  # fmt: skip
-    place: dict[str, Any] = {"row_start": row_start, "padding_index": padding_index}
     if chosen == "reference":
         if p is None:
-            return reference.weighted_sum(indices, w, v, core_width, column_start, **place)
+            return reference.weighted_sum(
+                indices, w, v, core_width, column_start, **place, scales_N=value_scales, out_dtype=dtype
+            )
         if v is None:
-            return reference.pre_value_dot(indices, x, p, **place)
-        return reference.lookup(indices, w, x, v, p, activation, **place)
+            return reference.pre_value_dot(indices, x, p, **place, scales_N=pre_value_scales)
+        return reference.lookup(indices, w, x, v, p, activation, **place, **scales, out_dtype=dtype)
     from ultramem_kernels.lookup import forward_triton
 
     return forward_triton.forward(
-        indices, w, x, v, p, activation=activation, core_width=core_width, column_start=column_start, **place
-    )
+        indices, w, x, v, p, activation=activation, core_width=core_width, column_start=column_start, dtype=dtype,
+        **place, **scales,
+    )  # fmt: skip
 
 
 lookup_forward = torch.library.custom_op("ultramem::lookup_forward", mutates_args=())(run_lookup_forward)
 
 
 @lookup_forward.register_fake
-def _(indices, weights, pre_input, values, pre_values, *_options):  # type: ignore[no-untyped-def]
+def _(indices, weights, pre_input, values, pre_values, *options):  # type: ignore[no-untyped-def]
     if values is not None:
-        return values.new_empty(indices.shape[0], values.shape[1])
+        return values.new_empty(indices.shape[0], values.shape[1], dtype=options[-1] if len(options) == 9 else None)
     return pre_values.new_empty(indices.shape, dtype=reference.accumulation_dtype(pre_values.dtype))
 
 
@@ -120,16 +131,20 @@ def run_lookup_backward(
     padding_index: Optional[int],
     deterministic: bool,
     backend: Optional[str],
+    value_scales: Optional[torch.Tensor] = None,
+    pre_value_scales: Optional[torch.Tensor] = None,
+    dtype: Optional[torch.dtype] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of pre_input, gradient of weights), and the tables' gradients added in place where buffers are given.
 
-    A gradient that does not exist is an empty tensor.
+    A gradient that does not exist is an empty tensor. Scales and `dtype`: as in `run_lookup_forward`; the tables'
+    gradients are then those of scale * code.
     """
-    chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start)
+    chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start, dtype)
     w, x, v, p = _present(weights, pre_input, values, pre_values)
     options: dict[str, Any] = {
         "activation": activation, "core_width": core_width, "column_start": column_start, "row_start": row_start,
-        "padding_index": padding_index,
+        "padding_index": padding_index, "value_scales_N": value_scales, "pre_value_scales_N": pre_value_scales,
     }  # fmt: skip
     if chosen == "reference":
         d_input, d_weights, d_dots, final = reference.backward_by_token(indices, w, x, v, p, grad, **options)
@@ -144,7 +159,7 @@ def run_lookup_backward(
             chosen = "triton"  # which needs no aligned vectors
 
     def run(how: str, grad: torch.Tensor = grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return _backward(chosen, how, indices, w, x, v, p, grad, grad_values, grad_pre_values, options)
+        return _backward(chosen, how, indices, w, x, v, p, grad, grad_values, grad_pre_values, options, dtype)
 
     if grad_values is None and grad_pre_values is None:
         how = "atomic"  # of nothing: without the factors that segments need
@@ -174,6 +189,7 @@ def _backward(
     grad_values: torch.Tensor | None,
     grad_pre_values: torch.Tensor | None,
     options: dict[str, Any],
+    dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of pre_input and weights by the kernels; those of the tables by atomics or by sorted segments."""
     atomic = how == "atomic"
@@ -181,8 +197,8 @@ def _backward(
     of_values, of_pre_values = (grad_values, grad_pre_values) if atomic else (None, None)
     if chosen == "cuda":
         d_input, d_weights, d_dots, final = cuda.backward_by_token(
-            indices, _readable(w, v), x, v, p, grad_out, _readable(grad_dots, p), atomic=atomic,
-            grad_values_NV=of_values, grad_pre_values_NP=of_pre_values, **options,
+            indices, _readable(w, v, dtype), x, v, p, grad_out, _readable(grad_dots, p, dtype), atomic=atomic,
+            grad_values_NV=of_values, grad_pre_values_NP=of_pre_values, dtype=dtype, **options,
         )  # fmt: skip
         d_weights = None if d_weights is None else d_weights.to(w.dtype)
     else:
@@ -202,9 +218,11 @@ def _backward(
     return d_input, d_weights
 
 
-def _readable(factors: torch.Tensor | None, table: torch.Tensor | None) -> torch.Tensor | None:
-    """Scores, weights or gradients of dots in a dtype that the CUDA kernels read: fp32 or the table's."""
-    if factors is None or table is None or factors.dtype in (torch.float32, table.dtype):
+def _readable(
+    factors: torch.Tensor | None, table: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.Tensor | None:
+    """Scores, weights or gradients of dots in a dtype that the CUDA kernels read: fp32 or that of inputs."""
+    if factors is None or table is None or factors.dtype in (torch.float32, dtype or table.dtype):
         return factors
     return factors.float()
 
