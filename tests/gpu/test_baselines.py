@@ -58,6 +58,7 @@ def test_two_gpus_equal_one(gpus: WorkerPool, small_run: list[str], kind: str, p
     [
         ["model.moe.permute_fusion=true", "model.moe.grouped_gemm=true"],
         ["model.moe.permute_fusion=false", "model.moe.grouped_gemm=true", "model.moe.router_fusion=true"],
+        ["model.moe.permute_fusion=true", "model.moe.grouped_gemm=true", "preset=throughput"],
     ],
     ids=" ".join,
 )
