@@ -94,7 +94,7 @@ def _speed(run: Run, case: str) -> list[Row]:
 
 def _profile(run: Run, case: str) -> list[Row]:
     waits = host_waits(run)
-    for wait, times in waits.items():
+    for wait, times in waits.items() if run.is_main else ():
         print(f"the host waits {times} times: {wait}", flush=True)
     release_all()  # what is recorded has no launches to tell apart
     _take_micro_batches(run, 1)
