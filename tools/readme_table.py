@@ -13,7 +13,7 @@ BEGIN, END = "<!-- results: written by tools/readme_table.py -->\n", "<!-- /resu
 # Benchmark, and the metrics that the table shows of it.
 SHOWN = {
     "training": [
-        "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "gpu_busy_ms", "peak_gib",
+        "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "mfu", "gpu_busy_ms", "host_waits", "peak_gib",
         "loss_step_1", "loss_step_50",
     ],
     "memory_parallel": [

@@ -17,7 +17,7 @@ _CALLS = (
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
     "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize",
 )  # fmt: skip
-_DEPTH = 4  # operations named around a wait
+_DEPTH = 8  # operations named around a wait
 
 
 def host_waits(run: Run) -> Counter[str]:

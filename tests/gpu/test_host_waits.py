@@ -43,4 +43,4 @@ def test_a_wait_is_found_and_named(gpus: WorkerPool, small_run: list[str]) -> No
     """Singular values of Tucker cores beyond 2 x 2 are cuSOLVER's, which the host waits for."""
     penalty = ["model.memory.tucker_rank=3", "model.memory.tucker_penalty_coeff=0.1"]
     (found,) = gpus.run(1, waits_job, [*small_run, *MODELS["ring"], *WIDE, TE, BF16, *penalty])
-    assert any("aten::linalg_svd" in where or "aten::_linalg_svd" in where for where in found), found
+    assert any("svd" in where for where in found), found
