@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import megatron.core
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, safe_globals
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.inference import utils as inference_utils
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -31,6 +33,7 @@ BUILDERS = MCORE_VERSION >= (0, 17)
 COMMON_FILE, COMMON_STATE = "common.pt", "common_state"
 # What tells an optimizer's parameter groups apart in every version.
 GROUP_NAME = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+TENSOR_READER = "safe_load_from_bytes"
 WRITER_LOG = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
@@ -70,6 +73,13 @@ def context_parallel_part(batch: dict[str, Any]) -> dict[str, Any]:
 def graphed_parts(parts: list[str]) -> dict[str, list[str]]:
     """The setting of TransformerConfig that names the parts of a layer which CUDA graphs record."""
     return {"cuda_graph_modules" if MCORE_VERSION >= (0, 19) else "cuda_graph_scope": parts}
+
+
+def caching() -> AbstractContextManager[None]:
+    """Around a forward pass with a key-value cache, which then computes the logits of the last position alone: 0.16
+    knows by the cache, 0.19 has to be told."""
+    mode: Any = getattr(inference_utils, "InferenceMode", None)
+    return nullcontext() if mode is None else mode.active()
 
 
 def moe_losses(names: list[str], num_microbatches: int, config: Any) -> dict[str, torch.Tensor]:
@@ -132,6 +142,20 @@ def write_common_file(folder: Path) -> None:
     loads it: 0.19 puts that among the tensors, under the key `COMMON_STATE`, but reads the file where there is one."""
     if not (folder / COMMON_FILE).exists():
         torch.save(dist_checkpointing.load_common_state_dict(str(folder)), folder / COMMON_FILE)
+
+
+@contextmanager
+def later_pickles_read() -> Iterator[None]:
+    """Within it, tensors that 0.19 pickled (Transformer Engine's FP8 scales) are unpickled by earlier versions too: it
+    names a function of its own for reading them."""
+    if hasattr(safe_globals, TENSOR_READER):
+        yield
+        return
+    setattr(safe_globals, TENSOR_READER, lambda content: torch.load(io.BytesIO(content), weights_only=True))
+    try:
+        yield
+    finally:
+        delattr(safe_globals, TENSOR_READER)
 
 
 def _write_telling_why(write: Callable[..., None], rank: int, buckets: list[Any], results: Any) -> None:

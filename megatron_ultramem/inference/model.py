@@ -7,6 +7,7 @@ who chooses tokens must leave out the ids that the tokenizer does not have.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_ultramem.compat import caching
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.inference.settings import inference_config
 from megatron_ultramem.model.build import build_chunks
@@ -66,7 +68,8 @@ class LanguageModel:
         start = context.sequence_len_offset if context else 0
         tokens_BS = tokens_BS.to(self.platform.device)
         positions_BS = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        logits = self.gpt(tokens_BS, positions_BS, None, inference_context=context, runtime_gather_output=True)
+        with caching() if context else nullcontext():
+            logits = self.gpt(tokens_BS, positions_BS, None, inference_context=context, runtime_gather_output=True)
         return logits.float()
 
 

@@ -25,7 +25,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ultramem.compat import keep_settings, separate_step_counters, start_save, write_common_file
+from megatron_ultramem.compat import (
+    keep_settings,
+    later_pickles_read,
+    separate_step_counters,
+    start_save,
+    write_common_file,
+)
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, DamagedCheckpointError, UserError, lost_another_rank
@@ -307,7 +313,7 @@ def load_weights(folder: Path, record: folders.Record, model: list[GPTModel]) ->
 
 def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
-        with extra_state_was_checked():
+        with extra_state_was_checked(), later_pickles_read():
             misfits = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
         keys = [key for key in misfits.missing_keys + misfits.unexpected_keys if not folders.is_extra_state(key)]
         if keys:  # load_sharded has compared the names that are saved; these are torch's

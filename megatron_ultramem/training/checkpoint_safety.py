@@ -55,6 +55,7 @@ _EXTRA_STATE = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "torch.storage": {"_load_from_bytes"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},
     "transformer_engine.common.recipe": {
         "DelayedScaling",
         "Float8BlockScaling",
@@ -153,7 +154,7 @@ class _Unpickler(pickle.Unpickler):
             return found
         if name not in self._allowed.get(module, ()):
             raise UnsafeFileError(f"{self._name}: needs {module}.{name}, which is not among what a checkpoint may hold")
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if name in ("_load_from_bytes", "safe_load_from_bytes"):  # torch's, and Megatron's in its place since 0.19
             return _weights_of(self._name)
         if module.split(".")[0] in ("megatron", "transformer_engine"):
             return _Recipe  # nothing of them needs to be installed here, nor is to be imported

@@ -38,6 +38,15 @@ def test_cached_and_uncached_logits_agree_at_every_position(generator: Generator
         known = position
 
 
+def test_a_prompt_costs_the_logits_of_its_last_position_alone(generator: Generator) -> None:
+    model, tokens_BS = generator.model, torch.randint(0, 256, (2, 12))
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    with torch.no_grad():
+        cached_BSV = model.forward(tokens_BS, StaticInferenceContext(2, 12))
+    assert cached_BSV.shape[:2] == (2, 1) and model.logits(tokens_BS).shape[:2] == (2, 12)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_text_does_not_depend_on_batch_or_cache(generator: Generator, sampling: Sampling) -> None:
     together = generator.generate(PROMPTS, sampling)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import pickle
 import queue
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ultramem import platform
 
@@ -51,6 +53,24 @@ def test_results_and_failures_that_say_why_are_passed_on(compat: ModuleType) -> 
     results: queue.Queue[Any] = queue.Queue()
     compat._write_telling_why(write, 0, [], results)
     assert results.get() is why and results.get() is done
+
+
+def test_tensors_pickled_by_a_later_megatron_are_read(compat: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core.safe_globals as theirs
+
+    def safe_load_from_bytes(content: bytes) -> Any:
+        raise AssertionError("only its name counts")
+
+    safe_load_from_bytes.__module__, safe_load_from_bytes.__qualname__ = theirs.__name__, compat.TENSOR_READER
+    known = hasattr(theirs, compat.TENSOR_READER)
+    with monkeypatch.context() as later:
+        later.setattr(theirs, compat.TENSOR_READER, safe_load_from_bytes, raising=False)
+        later.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+        content = pickle.dumps({"scale": torch.arange(3.0)})
+    assert compat.TENSOR_READER.encode() in content
+    with compat.later_pickles_read():
+        assert torch.equal(pickle.loads(content)["scale"], torch.arange(3.0))
+    assert hasattr(theirs, compat.TENSOR_READER) == known
 
 
 class Optimizer:
