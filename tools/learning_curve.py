@@ -22,25 +22,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.errors import UserError
-from megatron_ultramem.planning.parameters import count_parameters
-from megatron_ultramem.quiet import quiet_dependencies
-from megatron_ultramem.reporting.comparison_files import write_comparison
-from megatron_ultramem.reporting.trials import (
-    Budget,
-    Recipe,
-    Trial,
-    check_recipes,
-    load_recipe,
-    parse_seeds,
-    run_trials,
-)
-from megatron_ultramem.training.package_corpus import package_files, train_tokenizer
-from megatron_ultramem.training.preprocess import preprocess
+
+if TYPE_CHECKING:  # processes that tokenise import this file: torch would be most of their work
+    from megatron_ultramem.reporting.trials import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [ROOT / "benchmarks" / "configs" / f"{name}.yaml" for name in ("ultramemv2_49m_228m", "moe_49m_228m")]
@@ -56,6 +44,8 @@ MOST_WORKERS = 48
 def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     args = _arguments(arguments)
+    from megatron_ultramem.quiet import quiet_dependencies
+
     quiet_dependencies()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -80,6 +70,11 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _compare(args: argparse.Namespace, began: float, folder: Path) -> int:
+    import torch
+
+    from megatron_ultramem.reporting.comparison_files import write_comparison
+    from megatron_ultramem.reporting.trials import Budget, Trial, check_recipes, load_recipe, parse_seeds, run_trials
+
     settings = [*(ON_GPUS if torch.cuda.is_available() else []), *args.settings]
     same_size([load_recipe(path, settings) for path in args.recipes])
     settings += make_text(args.text, _vocabulary(load_recipe(args.recipes[0], settings)), folder / "data")
@@ -105,6 +100,8 @@ def _compare(args: argparse.Namespace, began: float, folder: Path) -> int:
 
 def same_size(recipes: Sequence[Recipe]) -> None:
     """Raises UserError unless they have the same active and total parameters, within LARGEST_DIFFERENCE."""
+    from megatron_ultramem.planning.parameters import count_parameters
+
     first, second = (count_parameters(recipe.config.model, _vocabulary(recipe)) for recipe in recipes)
     for what in ("active", "total"):
         counts = getattr(first, what), getattr(second, what)
@@ -124,6 +121,9 @@ def _vocabulary(recipe: Recipe) -> int:
 
 def make_text(folders: Sequence[Path] | None, vocab_size: int, output: Path) -> list[str]:
     """Tokenizer and tokenised text, as settings."""
+    from megatron_ultramem.training.package_corpus import package_files, train_tokenizer
+    from megatron_ultramem.training.preprocess import preprocess
+
     began = time.monotonic()
     files = package_files(HELD_OUT, folders)
     tokenizer = TokenizerConfig(kind="huggingface", path=str(output / "tokenizer.json"))
