@@ -59,11 +59,11 @@ def _report(error: UserError) -> None:
     from megatron_ultramem.redaction import redact
 
     rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    host = f" on {socket.gethostname()}" if error.on_many_ranks else ""
-    where = "" if error.on_every_rank or ranks == "1" else f" [rank {rank}{host}]"
-    if error.on_every_rank and rank != "0":
-        return
-    if ranks == "1" or not error.on_many_ranks or is_mine_to_say(str(error)):
+    if ranks == "1" or (error.on_every_rank and rank == "0"):
+        where = ""
+    else:
+        where = f" [rank {rank} on {socket.gethostname()}]" if error.on_many_ranks else f" [rank {rank}]"
+    if ranks == "1" or not error.on_many_ranks or is_mine_to_say(str(error), alone=not error.on_every_rank):
         print(redact(f"error{where}: {error}"), file=sys.stderr, flush=True)
 
 

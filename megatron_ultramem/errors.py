@@ -4,15 +4,15 @@
 class UserError(Exception):
     """Something the user can put right. The message names the setting or file, its value, and what would be legal."""
 
-    on_every_rank = False  # raised alike on all ranks, so that one of them is enough to print it
-    on_many_ranks = False  # raised by every rank that finds it, each for itself: often all, sometimes those of one host
+    on_every_rank = False  # raised alike on all ranks, as a rule
+    on_many_ranks = False  # found by each rank for itself: by all, or by those of one host; one of them prints it
     exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
 
-    on_every_rank = True
+    on_every_rank = on_many_ranks = True
 
 
 class DataError(UserError):
@@ -24,7 +24,7 @@ class DataError(UserError):
 class CheckpointError(UserError):
     """A checkpoint cannot be written, is missing or damaged, or belongs to another model."""
 
-    on_every_rank = True
+    on_every_rank = on_many_ranks = True
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -34,7 +34,7 @@ class DamagedCheckpointError(CheckpointError):
 class TrainingError(UserError):
     """Training cannot go on (for example a loss that is not finite)."""
 
-    on_every_rank = True
+    on_every_rank = on_many_ranks = True
 
 
 class ExchangeError(UserError):

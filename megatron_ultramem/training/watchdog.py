@@ -89,10 +89,15 @@ class Watchdog:
             elif lost_another_rank(error):
                 if lost := self._name_lost_ranks(error):
                     raise LostRankError(lost) from error
-            elif isinstance(error, Exception) and (self.rank == 0 or not getattr(error, "on_every_rank", False)):
+            elif self._ends_training(error):
                 self._record("error", f"{self.sign()}: {type(error).__name__}: {error}", [self.sign()])
         finally:
             self._stop(ENDED if error is None else f"{ENDED}: {type(error).__name__}")
+
+    def _ends_training(self, error: BaseException) -> bool:
+        """Whether it is an error for this rank to report; those before the first step are the user's to read."""
+        alike = getattr(error, "on_every_rank", False)
+        return isinstance(error, Exception) and self._step is not None and (self.rank == 0 or not alike)
 
     def _stop(self, how: str) -> None:
         """Ends the watch; a last sign tells the other ranks that this one is not lost."""

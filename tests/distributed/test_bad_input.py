@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -253,9 +254,24 @@ def test_an_error_of_one_rank_alone_is_said_by_that_rank(pool: WorkerPool) -> No
     assert pool.run(2, _who_says, {0: "one", 1: "another"}) == [True, True]
 
 
+def test_a_folder_that_one_rank_alone_cannot_write_is_named_by_it(
+    pool: WorkerPool, settings: list[str], tmp_path: Path
+) -> None:
+    """As on a host that lacks a mount; the other rank would wait for it, and is not asked to."""
+    (tmp_path / "file").touch()
+    answers = pool.run(2, _main_on_rank_1, ["train", *settings, f"checkpoint.dir={tmp_path / 'file'}"])
+    code, _, errors = answers[1]
+    assert code == 2 and errors.count("\n") == 1
+    assert re.match(rf"error \[rank 1 on \S+\]: checkpoint.dir = {tmp_path / 'file'} cannot be written", errors)
+
+
+def _main_on_rank_1(arguments: list[str]) -> tuple[int, str, str] | None:
+    return run_main(arguments) if os.environ["RANK"] == "1" else None
+
+
 def _who_says(texts: dict[int, str]) -> bool | None:
     text = texts.get(int(os.environ["RANK"]))
-    return None if text is None else is_mine_to_say(text)
+    return None if text is None else is_mine_to_say(text, patience=datetime.timedelta(seconds=2))
 
 
 def _truncate(path: Path) -> None:
