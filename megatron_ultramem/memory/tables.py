@@ -136,11 +136,11 @@ class ValuePool(nn.Module):
         """
         if not self._reads_fp8:
             return
+        self.settle()
         tables = dict(self.named_parameters())
         state = tuple((table.data_ptr(), table._version) for table in tables.values())
         if state == self._copied:
             return
-        self.settle()
         for name, table in tables.items():
             copy = self._copies.get(name)
             if copy is None or copy.device != table.device or copy.dtype != table.dtype:
