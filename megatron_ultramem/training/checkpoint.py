@@ -25,13 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ultramem.compat import (
-    keep_settings,
-    later_pickles_read,
-    separate_step_counters,
-    start_save,
-    write_common_file,
-)
+from megatron_ultramem.compat import keep_settings, later_pickles_read, start_save, write_common_file
 from megatron_ultramem.config.load import save_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, DamagedCheckpointError, UserError, lost_another_rank
@@ -40,6 +34,7 @@ from megatron_ultramem.training import checkpoint_choice as choice
 from megatron_ultramem.training import checkpoint_folder as folders
 from megatron_ultramem.training import checkpoint_state as contents
 from megatron_ultramem.training import checksums
+from megatron_ultramem.training.checkpoint_repairs import separate_step_counters
 from megatron_ultramem.training.checkpoint_safety import extra_state_was_checked
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.orphans import results_queue_that_ends_with_us

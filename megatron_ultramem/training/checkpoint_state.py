@@ -22,11 +22,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ultramem import __version__
-from megatron_ultramem.compat import COMMON_STATE, padding_kept, share_step
+from megatron_ultramem.compat import COMMON_STATE
 from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import CheckpointError, UserError
 from megatron_ultramem.training.checkpoint_folder import Record, is_extra_state, read_config
+from megatron_ultramem.training.checkpoint_repairs import padding_kept, share_step
 from megatron_ultramem.training.checkpoint_safety import refuse_code
 
 Decision = TypeVar("Decision")

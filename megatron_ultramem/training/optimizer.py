@@ -21,10 +21,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ultramem.compat import install_adam_checkpoint_fix
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.model.build import value_pools
 from megatron_ultramem.model.transformer_config import dtype_of
+from megatron_ultramem.training.checkpoint_repairs import install_adam_checkpoint_fix
 from megatron_ultramem.training.memory_hooks import MemoryHooks
 from megatron_ultramem.training.offload import offload_tables
 
