@@ -37,7 +37,8 @@ CODES_BACKWARD = Blocks(loads=2)
 def source(name: str) -> str:
     """Text of a kernel source with what it shares with the others in front."""
     folder = Path(__file__).parent
-    return read_source(*([] if name == "sort.cu" else [folder / "common.cuh"]), folder / name)
+    shared = {"sort.cu": [], "by_token.cu": ["common.cuh", "row_format.cuh"]}.get(name, ["common.cuh"])
+    return read_source(*(folder / part for part in shared), folder / name)
 
 
 def make_module(name: str, device: torch.device, defines: dict[str, object]) -> Module:
