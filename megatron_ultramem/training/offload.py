@@ -143,8 +143,8 @@ class OffloadingOptimizer(ChainedOptimizer):
                     for chunk, fetched in zip(table.adam.chunks, table.fetched, strict=True):
                         table.grad[chunk].copy_(table.device_grad[chunk], non_blocking=True)
                         fetched.record(self._out)
-            main.wait_stream(self._out)  # the next step clears the gradients
             self._in.wait_stream(main)  # what reads the old values was queued before
+            main.wait_stream(self._out)  # the next step clears the gradients
         else:
             for table in self.tables:
                 table.grad.copy_(table.device_grad)
