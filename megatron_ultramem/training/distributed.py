@@ -71,11 +71,10 @@ def initialize_model_parallel(config: Config) -> None:
         # The exchange of memory layers beside the FFN is what they wait for.
         high_priority_stream_groups=["tp_ep_mp"] if beside_ffn else None,
     )
-    # Graphs in which generators are switched ask for Transformer Engine's record of them, whose states are no tensors.
-    graphs = config.train.cuda_graphs
-    recorded = graphs == "layers" or (graphs == "full" and p.tensor_parallel_size > 1)
-    # A process keeps the record that it made first.
-    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed, te_rng_tracker=recorded, force_reset_rng=True)
+    # Megatron's graphs ask for Transformer Engine's record of generators; a process keeps the one that it made first.
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        config.train.seed, te_rng_tracker=config.train.cuda_graphs == "layers", force_reset_rng=True
+    )
 
 
 def destroy_distributed() -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from megatron.core.tensor_parallel.random import get_all_rng_states
 from torch import Tensor, nn
 
 from megatron_ultramem.errors import TrainingError
@@ -45,9 +44,6 @@ def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any,
 
     Raises TrainingError that names `what` and the line of code whose operation cannot be recorded.
     """
-    for state in get_all_rng_states().values():  # of generators that the model switches to
-        if isinstance(state, torch.Generator):
-            graph.register_generator_state(state)
     try:
         # Of this thread alone: NCCL's watchdog asks for events of earlier collectives meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

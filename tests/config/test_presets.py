@@ -36,7 +36,7 @@ def test_a_preset_sets_what_is_not_set_and_nothing_else(tmp_path: Path) -> None:
         (["model.memory.layers=none"], "full"),
         (["parallel.memory_parallel_size=2", "parallel.memory_placement=columns"], "full"),
         (["data.mask_document_boundaries=true"], "memory"),
-        (["parallel.tensor_parallel_size=2"], "full"),
+        (["parallel.tensor_parallel_size=2"], "memory"),
         (["parallel.context_parallel_size=2"], "memory"),
         (["parallel.memory_parallel_size=2", "parallel.memory_placement=rows"], "none"),
         (["model.moe.layers=0", "model.memory.layers=none"], "none"),

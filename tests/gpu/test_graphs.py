@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
-from tests.distributed.test_layouts import TP2
 from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC
 from tests.distributed.workers import WorkerPool
 from tests.gpu.graph_job import graph_job, refused_recording
@@ -35,7 +34,6 @@ SETTINGS = {
     "full_kernels": (1, FULL, KERNELS),
     "full_fp8": (1, FULL, FP8),
     "full_data_parallel": (2, FULL, []),
-    "full_tensor_parallel": (2, FULL, [TP2]),
     "full_columns_overlap": (2, FULL, [P2, COLUMNS, BESIDE_FFN]),
     "full_rows_overlap": (2, FULL, [*STATIC_ROWS, BESIDE_FFN]),
 }
