@@ -1,6 +1,6 @@
 # The two commands of the README are `make quickstart` and `make test`; both set up the environment if it is not there.
 # `make test MEGATRON=0.19.2` tests with that version of Megatron-Core, in an environment of its own; lint and types go
-# by the version that constraints.txt names.
+# by the version that constraints.txt names. `make test JOBS=2` shares the tests among processes; each takes some 3 GiB.
 
 VENV ?= .venv$(if $(MEGATRON),-megatron-$(MEGATRON))
 MINOR := $(if $(filter-out 0.16.%,$(MEGATRON)),12,11)
@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, $(MINOR)))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SHARED := $(if $(JOBS),-n $(JOBS) --dist loadfile)
 
 .PHONY: quickstart test test-all lint bench clean
 
@@ -15,11 +16,11 @@ quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
 test: $(if $(MEGATRON),$(READY),lint)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 # The slow part too.
 test-all: $(if $(MEGATRON),$(READY),lint)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(SHARED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

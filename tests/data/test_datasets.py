@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -167,37 +163,3 @@ def test_sample_counts_cover_a_batch_ramp_up(config: Config) -> None:
     for _ in range(config.train.steps):
         consumed += min(2 + 2 * (consumed // 5), 8)
     assert consumed <= counts.train
-
-
-def test_two_ranks_build_the_same_datasets_as_one_process(
-    config: Config, write_pair: WritePair, tmp_path: Path
-) -> None:
-    config.data.paths = [write_pair("a", random_documents(50)), write_pair("b", random_documents(50, seed=1))]
-    config.data.cache_dir = str(tmp_path / "shared_cache")
-    script = (
-        "import json, sys, torch.distributed as dist\n"
-        "from megatron_ultramem.config.schema import Config\n"
-        "from megatron_ultramem.training.data import build_datasets\n"
-        "from megatron_ultramem.training.tokenizers import build_tokenizer\n"
-        "rank, folder, paths = int(sys.argv[1]), sys.argv[2], sys.argv[3].split(',')\n"
-        "dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)\n"
-        "config = Config()\n"
-        "config.data.paths, config.data.split, config.data.sequence_length = paths, '80,20', 32\n"
-        "config.data.cache_dir = folder + '/shared_cache'\n"
-        "data = build_datasets(config, build_tokenizer(config.data.tokenizer), train_samples=80, valid_samples=16,\n"
-        "                      test_samples=0, is_built_on_rank=lambda: True)\n"
-        "tokens = [[data.train[i]['tokens'].tolist() for i in range(80)], data.valid[15]['tokens'].tolist()]\n"
-        "open(f'{folder}/rank{rank}.json', 'w').write(json.dumps(tokens))\n"
-        "dist.destroy_process_group()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path), ",".join(config.data.paths)], env=environment)
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    here: Any = build(config)
-    expected = [[here.train[i]["tokens"].tolist() for i in range(80)], here.valid[15]["tokens"].tolist()]
-    for rank in range(2):
-        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == expected
