@@ -25,7 +25,7 @@ LOSS_BYTES_MOVED = 32  # for a logit, both directions, beside the matrix product
 FUSED_LOSS_BYTES_MOVED = 12  # train.cross_entropy=transformer_engine: bf16, read twice, written; scaled in the backward
 ADAM_BYTES = 38  # for a parameter of a rank's share: gradient twice, master and moments in and out, the new weight
 # Parameters of tables that the host of a GPU updates in a second (optimizer.value_offload), their way there and back
-# included: 362 ms for 995M with DeepSpeed on 16 cores (offload_h100.json).
+# included: 362 ms for 995M and 1648 ms for 4964M, with DeepSpeed on 16 cores (offload_h100.json).
 HOST_ADAM_RATE = 2.75e9
 GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and read, and added to main_grad in fp32
 FUSED_GRADIENT_BYTES = 8  # train.fused_weight_gradients: added in the product's epilogue

@@ -47,5 +47,6 @@ def test_the_cost_of_the_update_on_the_host_is_predicted() -> None:
 
 def test_a_table_that_ran_out_of_memory_is_predicted_to_fit_only_with_its_optimizer_on_the_host() -> None:
     assert measured()["too_large_on_device"]["trains"] == 0
+    assert measured()["too_large_deepspeed"]["trains"] == 1
     large = "model.memory.num_keys=804"  # what tools/bench_offload.py takes for 80 GB
     assert not predicted("none", large).fits and predicted("deepspeed", large).fits
