@@ -29,8 +29,8 @@ class RankMemory:
     `weights`, `gradients` and `optimizer` (master weights and moments) of dense parameters and experts, apart from
     those of value tables (whose weights include what lookups read in their place); `buffers`: shuffle permutations;
     `activations` kept for backward passes; `loss`: logits and their gradients; `exchange`: messages of the memory
-    exchange, of expert dispatch and of gathers; `workspace`: temporaries of the block that computes; `fragmentation`:
-    allowance for what the allocator cannot use.
+    exchange, of expert dispatch and of gathers; `workspace`: temporaries of the block that computes; `set_up`: by which
+    building the optimizer takes more than all of these; `fragmentation`: allowance for what the allocator cannot use.
     """
 
     weights: float
@@ -44,6 +44,7 @@ class RankMemory:
     loss: float
     exchange: float
     workspace: float
+    set_up: float
     fragmentation: float
 
     @property
@@ -95,7 +96,7 @@ def stage_memory(
         workspace = exchange = 0.0
     else:
         loss = 0.0
-    return RankMemory(
+    found = RankMemory(
         weights=size * (kept.dense + kept.experts),
         gradients=4 * (kept.dense + kept.experts),
         optimizer=master * (kept.dense / shards + kept.experts / table_shards),
@@ -107,8 +108,22 @@ def stage_memory(
         loss=loss,
         exchange=exchange,
         workspace=workspace,
+        set_up=0.0,
         fragmentation=fragmentation * (activations + loss + exchange + workspace),
     )
+    return dataclasses.replace(found, set_up=max(0.0, _set_up(layout, stage, found) - found.peak))
+
+
+def _set_up(layout: Layout, stage: Stage, memory: RankMemory) -> float:
+    """What a rank holds while its optimizer is built, where that may be the most: with the fp32 master weights of
+    tables, which go to the host afterwards, and a copy of the last of them, but without moments."""
+    if not layout.tables_on_host or layout.element == 4:
+        return 0.0
+    table_shards = layout.expert_data if layout.distributed_optimizer else 1
+    masters = memory.optimizer / 3 + memory.table_gradients / table_shards
+    copy = layout.element * stage.largest_table / layout.expert_group / table_shards
+    held = memory.weights + memory.gradients + memory.table_weights + memory.table_gradients + memory.buffers
+    return held + masters + copy
 
 
 def _copies(work: Workload, layout: Layout, tables: int) -> float:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from megatron_ultramem.config.schema import Config, ModelConfig
 from megatron_ultramem.config.validate import stage_of_layer
 from megatron_ultramem.memory.geometry import Pool, plan_pools
+from megatron_ultramem.memory.kinds import pre_value_dim
 from megatron_ultramem.planning.flops import LayerFlops, layer_flops, logits_flops
 from megatron_ultramem.planning.parameters import (
     LayerParameters,
     layer_parameters,
     pad_vocabulary,
+    row_width,
     table_parameters,
 )
 
@@ -42,6 +44,7 @@ class Stage:
     number: int
     layers: tuple[tuple[Layer, int], ...]  # kinds of blocks and how many of each
     tables: int  # parameters of its pools, before the memory-parallel ranks share them
+    largest_table: int  # of these, those of one tensor
     has_embedding: bool
     has_output: bool
 
@@ -93,8 +96,16 @@ class Workload:
                     for pool in self.pools
                     if stage_of[pool.layers[0]] == number
                 ),
+                max(
+                    (self._largest_table(pool) for pool in self.pools if stage_of[pool.layers[0]] == number), default=0
+                ),
                 has_embedding=number == 0,
                 has_output=number == last,
             )
             for number in range(last + 1)
         ]
+
+    def _largest_table(self, pool: Pool) -> int:
+        memory = self.model.memory
+        rows = table_parameters(memory, pool) // row_width(memory)
+        return rows * max(memory.value_dim, pre_value_dim(memory))
