@@ -1,6 +1,6 @@
 """Value tables read as E4M3 numbers with one fp32 scale a row (model.memory.table_read = fp8).
 
-    scale[row] = max |row| / 448,   codes = E4M3(row * 448 / max |row|),   read: scale * codes
+    scale[row] = max |row| * (1 / 448),   codes = E4M3(row * (448 / max |row|)),   read: scale * codes
 
 A copy beside the parameter, of 1 byte a number, so that lookups move half the bytes of bf16; the gradient of what was
 read is the parameter's (straight through the rounding). The largest number is that of the whole row, whatever part of
@@ -28,7 +28,7 @@ SMALLEST_AMAX = 2.0**-100  # a row of smaller numbers reads as zeros: its scale 
 class Fp8Table:
     """What a lookup reads in place of a table, or of a shard of one, of `dtype`.
 
-    codes: uint8 [rows, width], E4M3. scales: fp32 [rows].
+    codes: uint8 [rows, width], E4M3. scales: fp32 [rows], of any stride.
     """
 
     codes: torch.Tensor
@@ -36,12 +36,13 @@ class Fp8Table:
     dtype: torch.dtype
 
     @classmethod
-    def like(cls, table: torch.Tensor) -> Fp8Table:
-        """For a table [rows, width]; not filled yet."""
-        return cls(
-            torch.empty(table.shape, dtype=torch.uint8, device=table.device),
-            torch.empty(len(table), dtype=torch.float32, device=table.device),
-            table.dtype,
+    def like(cls, *tables: torch.Tensor) -> tuple[Fp8Table, ...]:
+        """For tables [rows, width] of a pool; not filled yet. Their scales lie side by side, row by row: a lookup that
+        wants those of several gets them in one access to memory."""
+        scales_NX = torch.empty(len(tables[0]), len(tables), dtype=torch.float32, device=tables[0].device)
+        return tuple(
+            cls(torch.empty(table.shape, dtype=torch.uint8, device=table.device), scales_N, table.dtype)
+            for table, scales_N in zip(tables, scales_NX.unbind(1), strict=True)
         )
 
     @property
@@ -73,7 +74,7 @@ def row_amax(table_ND: torch.Tensor) -> torch.Tensor:
 def quantize_(copy: Fp8Table, table_ND: torch.Tensor, amax_N: torch.Tensor) -> None:
     """Fills the copy of a table, whose whole rows have the largest magnitudes `amax_N` (fp32)."""
     some_N, zero = amax_N > SMALLEST_AMAX, amax_N.new_zeros(())
-    copy.scales.copy_((amax_N / LARGEST).where(some_N, zero))
+    copy.scales.copy_((amax_N * (1 / LARGEST)).where(some_N, zero))  # GPUs divide by a constant so, CPUs do not
     factor_N = (amax_N.new_full((), LARGEST) / amax_N).where(some_N, zero)  # a quotient: 448 / amax is a reciprocal
     step = max(1, (1 << 24) // max(1, table_ND.shape[1]))  # rows whose fp32 copies exist at a time
     for low in range(0, len(table_ND), step):

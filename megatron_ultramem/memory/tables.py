@@ -141,13 +141,17 @@ class ValuePool(nn.Module):
         state = tuple((table.data_ptr(), table._version) for table in tables.values())
         if state == self._copied:
             return
+        if any(
+            name not in self._copies
+            or (self._copies[name].device, self._copies[name].dtype) != (table.device, table.dtype)
+            for name, table in tables.items()
+        ):
+            names = sorted(tables)  # pre-values first, as the kernels like the scales
+            self._copies = dict(zip(names, Fp8Table.like(*(tables[name] for name in names)), strict=True))
         for name, table in tables.items():
-            copy = self._copies.get(name)
-            if copy is None or copy.device != table.device or copy.dtype != table.dtype:
-                copy = self._copies[name] = Fp8Table.like(table)
             amax_N = row_amax(table)
             self.placement.of_whole_rows(amax_N)
-            self._make_backend(table.device).quantize_(copy, table.detach(), amax_N)
+            self._make_backend(table.device).quantize_(self._copies[name], table.detach(), amax_N)
         self._copied = state
 
     def lookup(

@@ -21,6 +21,7 @@ PLAIN = {
     "pack": "return (unsigned)round_to_bf16(low) | (unsigned)round_to_bf16(high) << 16;",
     "copy16": "*to = real ? *(const uint4*)from : make_uint4(0, 0, 0, 0);",
     "copy4": "*to = real ? *from : 0.0f;",
+    "copy8": "to[0] = real ? from[0] : 0.0f, to[1] = real ? from[1] : 0.0f;",
     "end_of_stage": "",
     "await_oldest_stage": "",
     "keep_policy": "return 0;",

@@ -16,6 +16,7 @@ using std::min;
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct int2 { int x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x, y, z; };

@@ -20,9 +20,11 @@ EMULATED = [
 ]
 
 
-def quantized(table: torch.Tensor, backend: str | None = None, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(
+    table: torch.Tensor, backend: str | None = None, scales: torch.Tensor | None = None, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(table.shape, dtype=torch.uint8, device=table.device)
-    scales = torch.empty(len(table), device=table.device)
+    scales = torch.empty(len(table), device=table.device) if scales is None else scales
     fp8_rows.quantize_(table, codes, scales, backend=backend, **options)
     return codes, scales
 
@@ -86,33 +88,41 @@ def test_codes_of_bf16_parameters_are_as_good_as_those_of_fp32_masters(device):
     assert error(master.bfloat16()) < 1.005 * error(master)
 
 
-def inputs(shape, device):
+def inputs(shape, device, paired=True):
+    """paired: the scales of both tables lie side by side."""
     T, M, N, P, V, C = shape
+    scales = torch.empty(N, 2, device=device).unbind(1) if paired else (None, None)
     indices = torch.randint(-3, N + 3, (T, M), dtype=torch.int32, device=device)  # some outside the shard
     weights, x = torch.randn(T, M, C, device=device), torch.randn(T, P, device=device).bfloat16()
-    values, pre_values = (awkward_table(N, width, device) for width in (V, P))
+    values, pre_values = awkward_table(N, V, device, scales[1]), awkward_table(N, P, device, scales[0])
     return indices, weights, x, values, pre_values
 
 
-def awkward_table(rows: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def awkward_table(
+    rows: int, width: int, device: torch.device, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     table = torch.randn(rows, width, device=device) * torch.rand(rows, 1, device=device)
     table[0] = 0.0
-    return quantized(table.bfloat16())
+    return quantized(table.bfloat16(), scales=scales)
 
 
 def dequantized(table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return fp8_rows.decode(table[0]).double() * table[1].double()[:, None]
 
 
-@pytest.mark.parametrize("mode", ["both", "dots", "sum"])
+MODES = ["both", "both_apart", "dots", "sum"]  # apart: the two tables' scales do not lie side by side
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
 def test_a_lookup_in_codes_is_that_of_the_numbers_they_stand_for(shape, backend, mode, deterministic, device):
     if backend == "cuda" and any(width % 16 for width in (shape[3], shape[4], shape[4] // shape[5])):
         pytest.skip("the CUDA kernels read 16 columns of a core at a time")
-    indices, weights, x, values, pre_values = inputs(shape, device)
+    indices, weights, x, values, pre_values = inputs(shape, device, mode != "both_apart")
     T, M, N, P, V, C = shape
+    mode = mode.removesuffix("_apart")
     grad = torch.randn((T, M) if mode == "dots" else (T, V), device=device).bfloat16()
     v, p = (None if mode == "dots" else values), (None if mode == "sum" else pre_values)
     w, x = (None if mode == "dots" else weights), (None if mode == "sum" else x)
@@ -142,15 +152,16 @@ def test_a_lookup_in_codes_is_that_of_the_numbers_they_stand_for(shape, backend,
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs g++")
-@pytest.mark.parametrize("mode", ["both", "dots", "sum"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", EMULATED, ids=str)
 def test_the_cuda_source_reads_codes(shape, mode, monkeypatch, tmp_path):
     monkeypatch.setattr(Emulated, "folder", tmp_path, raising=False)
     monkeypatch.setattr(cuda, "make_module", lambda name, device, defines: Emulated(cuda.source(name), defines, device))
     monkeypatch.setattr(cuda, "_plans", {})
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 1)
-    indices, weights, x, values, pre_values = inputs(shape, torch.device("cpu"))
+    indices, weights, x, values, pre_values = inputs(shape, torch.device("cpu"), mode != "both_apart")
     T, M, N, P, V, C = shape
+    mode = mode.removesuffix("_apart")
     grad_out, grad_dots = torch.randn(T, V).bfloat16(), None
     if mode == "dots":
         values, weights, grad_out, grad_dots = (None, None), None, None, torch.randn(T, M)

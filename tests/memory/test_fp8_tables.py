@@ -23,7 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def copy_of(table: torch.Tensor) -> Fp8Table:
-    copy = Fp8Table.like(table)
+    (copy,) = Fp8Table.like(table)
     quantize_(copy, table, row_amax(table))
     return copy
 

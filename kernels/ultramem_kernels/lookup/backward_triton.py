@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ultramem_kernels.lookup.forward_triton import gelu, load_local_rows, load_tile, spread_over_columns
+from ultramem_kernels.lookup.forward_triton import gelu, load_local_rows, load_tile, scale_stride, spread_over_columns
 from ultramem_kernels.tiles import cover, float_dtype_ok, rows_argument
 
 
@@ -157,7 +157,7 @@ def backward_by_token(
     (weights_TMC itself without pre-values).
     """
     table: Any = values_NV if values_NV is not None else pre_values_NP
-    codes = table.dtype == torch.uint8
+    codes = scale_stride(value_scales_N, pre_value_scales_N)
     float_dtype_ok(None if codes else table)
     T, M = indices_TM.shape
     device = indices_TM.device

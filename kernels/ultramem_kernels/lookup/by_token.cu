@@ -9,6 +9,7 @@
 //   WARPS      per block
 //   STAGES     steps in flight
 //   BLOCKS     per multiprocessor at least: bounds the registers
+//   PAIRED     a row's two scales lie side by side, that of the pre-value first: one copy reads both
 //   ATOMIC     the backward adds the tables' gradients itself (else it leaves the factors that segments.cu needs)
 
 #define NP ((P + PER * G - 1) / (PER * G))
@@ -25,6 +26,12 @@ __device__ __forceinline__ void copy16(uint4* to, const void* from, bool real) {
 __device__ __forceinline__ void copy4(float* to, const float* from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned int)__cvta_generic_to_shared(to)),
                  "l"(from), "r"(real ? 4 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy8(float* to, const float* from, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"((unsigned int)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(real ? 8 : 0)
                  : "memory");
 }
 
@@ -64,7 +71,7 @@ struct Feed {
     const row_t *pre_values, *values;
     const float *pre_scales, *scales;
     i64 token, stride, row_start, padding;
-    int T, M, rows, first, step, row, next_row, stage;
+    int T, M, rows, scale_stride, first, step, row, next_row, stage;
 
     // Lane's row among the 32 entries from `entry` on of a token.
     __device__ __forceinline__ int row_at(i64 of_token, int entry) const {
@@ -105,8 +112,13 @@ struct Feed {
             }
 #if CODES
             float* scale_to = scale_slots + stage * 2 * 32 * WARPS;
-            if (P > 0) copy4(scale_to, pre_scales + (mine >= 0 ? mine : 0), mine >= 0);
-            if (V > 0) copy4(scale_to + 32 * WARPS, scales + (mine >= 0 ? mine : 0), mine >= 0);
+            const i64 scale_at = mine >= 0 ? (i64)mine * scale_stride : 0;
+#if PAIRED
+            copy8(scale_to, pre_scales + scale_at, mine >= 0);
+#else
+            if (P > 0) copy4(scale_to, pre_scales + scale_at, mine >= 0);
+            if (V > 0) copy4(scale_to + 1, scales + scale_at, mine >= 0);
+#endif
 #endif
             step += ROWS;
             if (step >= 32 || first + step >= M) {
@@ -128,7 +140,7 @@ struct Feed {
     // Scale of this lane's row in that stage: of the pre-values (0), of the values (1).
     __device__ __forceinline__ float scale(int table) const {
 #if CODES
-        return scale_slots[(stage * 2 + table) * 32 * WARPS];
+        return scale_slots[stage * 2 * 32 * WARPS + table];
 #else
         return 1.0f;
 #endif
@@ -138,15 +150,15 @@ struct Feed {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 lookup_forward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_input, const row_t* pre_values,
                const row_t* values, const float* pre_scales, const float* scales, half_t* out, float* dots, int T, int M,
-               i64 row_start, i64 rows, i64 padding, int core_width, int column_start) {
+               i64 row_start, i64 rows, i64 padding, int core_width, int column_start, int scale_stride) {
     __shared__ uint4 slots[STAGES][NP + NV][32 * WARPS];
-    __shared__ float scale_slots[CODES ? STAGES : 1][CODES ? 2 : 1][CODES ? 32 * WARPS : 1];
+    __shared__ float2 scale_slots[CODES ? STAGES : 1][CODES ? 32 * WARPS : 1];
     const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
     const i64 stride = (i64)gridDim.x * WARPS;
     i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (token >= T) return;
-    Feed feed = {&slots[0][0][threadIdx.x], &scale_slots[0][0][CODES ? threadIdx.x : 0], indices, pre_values, values,
-                 pre_scales, scales, token, stride, row_start, padding, T, M, (int)rows};
+    Feed feed = {&slots[0][0][threadIdx.x], (float*)&scale_slots[0][CODES ? threadIdx.x : 0], indices, pre_values, values,
+                 pre_scales, scales, token, stride, row_start, padding, T, M, (int)rows, scale_stride};
     feed.start();
     int core[SOME(NV)];
 #pragma unroll
@@ -216,15 +228,15 @@ lookup_backward(const INDEX* indices, const WEIGHT* weights, const half_t* pre_i
                 const row_t* values, const float* pre_scales, const float* scales, const half_t* grad_out,
                 const DOT* grad_dots, half_t* grad_pre_input, WEIGHT* grad_weights, float* d_dots, float* final_weights,
                 float* grad_pre_values, float* grad_values, int T, int M, i64 row_start, i64 rows, i64 padding,
-                int core_width, int column_start) {
+                int core_width, int column_start, int scale_stride) {
     __shared__ uint4 slots[STAGES][NP + NV][32 * WARPS];
-    __shared__ float scale_slots[CODES ? STAGES : 1][CODES ? 2 : 1][CODES ? 32 * WARPS : 1];
+    __shared__ float2 scale_slots[CODES ? STAGES : 1][CODES ? 32 * WARPS : 1];
     const int lane = threadIdx.x % 32, group = lane / G, part = lane % G;
     const i64 stride = (i64)gridDim.x * WARPS;
     i64 token = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (token >= T) return;
-    Feed feed = {&slots[0][0][threadIdx.x], &scale_slots[0][0][CODES ? threadIdx.x : 0], indices, pre_values, values,
-                 pre_scales, scales, token, stride, row_start, padding, T, M, (int)rows};
+    Feed feed = {&slots[0][0][threadIdx.x], (float*)&scale_slots[0][CODES ? threadIdx.x : 0], indices, pre_values, values,
+                 pre_scales, scales, token, stride, row_start, padding, T, M, (int)rows, scale_stride};
     feed.start();
     int core[SOME(NV)];
 #pragma unroll

@@ -103,7 +103,7 @@ class _Plan(NamedTuple):
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
 
-_SIGNATURES = {"lookup_forward": "P" * 9 + "iiqqqii", "lookup_backward": "P" * 15 + "iiqqqii"}
+_SIGNATURES = {"lookup_forward": "P" * 9 + "iiqqqiii", "lookup_backward": "P" * 15 + "iiqqqiii"}
 
 
 def _plan(
@@ -120,9 +120,26 @@ def _plan(
     padding: bool,
     atomic: bool,
     codes: bool,
+    paired: bool,
     blocks: Blocks,
 ) -> _Plan:
-    key = (name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, codes, blocks)
+    key = (
+        name,
+        device,
+        dtype,
+        index_dtype,
+        weight_dtype,
+        dot_dtype,
+        P,
+        V,
+        C,
+        gelu,
+        padding,
+        atomic,
+        codes,
+        paired,
+        blocks,
+    )
     plan = _plans.get(key)
     if plan is None:
         element, chunk = (1, 16) if codes else (2, 8)
@@ -133,12 +150,22 @@ def _plan(
             "FP16": int(dtype == torch.float16), "INDEX": C_TYPES[index_dtype], "WEIGHT": C_TYPES[weight_dtype],
             "DOT": C_TYPES[dot_dtype], "P": P, "V": V, "C": C, "GELU": int(gelu), "PADDING": int(padding), "G": lanes,
             "WARPS": blocks.warps, "STAGES": stages, "BLOCKS": blocks.blocks, "ATOMIC": int(atomic),
-            "CODES": int(codes),
+            "CODES": int(codes), "PAIRED": int(paired),
         }  # fmt: skip
         most = blocks.blocks * multiprocessors(device) if blocks.persistent else 2**31 - 1
         kernel = make_module("by_token.cu", device, defines).kernel(name, _SIGNATURES[name])
         plan = _plans[key] = _Plan(kernel, blocks.warps, most)
     return plan
+
+
+def _scale_layout(pre_value_scales_N: torch.Tensor | None, value_scales_N: torch.Tensor | None) -> tuple[bool, int]:
+    """(whether a row's two scales are read by one copy, distance of the scales of neighbouring rows)."""
+    given = [scales for scales in (pre_value_scales_N, value_scales_N) if scales is not None]
+    strides = {scales.stride(0) for scales in given} or {0}
+    if len(strides) > 1:
+        raise ValueError(f"scales of strides {sorted(strides)}: those of both tables need one stride")
+    at = [scales.data_ptr() for scales in given]
+    return len(at) == 2 and at[1] == at[0] + 4 and strides == {2} and at[0] % 8 == 0, strides.pop()
 
 
 def forward(
@@ -169,9 +196,11 @@ def forward(
     out = torch.empty((T, V) if V else (T, M), dtype=dtype if V else torch.float32, device=table.device)
     if T == 0 or M == 0:
         return out.zero_()
+    paired, scale_stride = _scale_layout(pre_value_scales_N, value_scales_N)
     plan = _plan(
         "lookup_forward", table.device, dtype, indices_TM.dtype, weight_dtype, torch.float32, P, V, C,
-        activation == "gelu", padding_index is not None, False, codes, blocks or (CODES_FORWARD if codes else FORWARD),
+        activation == "gelu", padding_index is not None, False, codes, paired,
+        blocks or (CODES_FORWARD if codes else FORWARD),
     )  # fmt: skip
     pre_input_TP = None if pre_input_TP is None else aligned(pre_input_TP)
     at = out.data_ptr()
@@ -179,7 +208,7 @@ def forward(
         plan.grid(T), 32 * plan.warps, indices_TM.data_ptr(), pointer(weights_TMC), pointer(pre_input_TP),
         pointer(pre_values_NP), pointer(values_NV), pointer(pre_value_scales_N), pointer(value_scales_N),
         at if V else 0, 0 if V else at, T, M, row_start, rows_argument(table), padding_index or 0, core_width,
-        column_start,
+        column_start, scale_stride,
     )  # fmt: skip
     return out
 
@@ -226,10 +255,11 @@ def backward_by_token(
         final = torch.empty(T, M, C, dtype=torch.float32, device=device)
     if T == 0 or M == 0:
         return (None if grad_pre_input is None else grad_pre_input.zero_()), grad_weights, d_dots, final
+    paired, scale_stride = _scale_layout(pre_value_scales_N, value_scales_N)
     plan = _plan(
         "lookup_backward", device, dtype or table.dtype, indices_TM.dtype, weight_dtype,
         torch.float32 if grad_dots_TM is None else grad_dots_TM.dtype, P, V, C, activation == "gelu",
-        padding_index is not None, atomic, codes, blocks or (CODES_BACKWARD if codes else BACKWARD),
+        padding_index is not None, atomic, codes, paired, blocks or (CODES_BACKWARD if codes else BACKWARD),
     )  # fmt: skip
     pre_input_TP = None if pre_input_TP is None else aligned(pre_input_TP)
     grad_out_TV = None if grad_out_TV is None else aligned(grad_out_TV)
@@ -238,6 +268,6 @@ def backward_by_token(
         pointer(pre_values_NP), pointer(values_NV), pointer(pre_value_scales_N), pointer(value_scales_N),
         pointer(grad_out_TV), pointer(grad_dots_TM), pointer(grad_pre_input), pointer(grad_weights), pointer(d_dots),
         pointer(final), pointer(grad_pre_values_NP), pointer(grad_values_NV), T, M, row_start, rows_argument(table),
-        padding_index or 0, core_width, column_start,
+        padding_index or 0, core_width, column_start, scale_stride,
     )  # fmt: skip
     return grad_pre_input, grad_weights, d_dots, final

@@ -31,11 +31,12 @@ def load_local_rows(indices, entry, mask, row_start, rows, padding, HAS_PADDING:
 
 @triton.jit
 def load_tile(table, scales, local, exists, columns, WIDTH, CODES: tl.constexpr):
-    """Rows `local` of a table, columns `columns`, in fp32; 0 where the row or the column does not exist."""
+    """Rows `local` of a table, columns `columns`, in fp32; 0 where the row or the column does not exist. CODES: 0, or
+    the distance of the scales of neighbouring rows of codes."""
     pointers = table + local[:, None] * WIDTH + columns[None, :]
     tile = tl.load(pointers, mask=exists[:, None] & (columns < WIDTH)[None, :], other=0)
     if CODES:
-        return decode(tile) * tl.load(scales + local, mask=exists, other=0.0)[:, None]
+        return decode(tile) * tl.load(scales + local * CODES, mask=exists, other=0.0)[:, None]
     return tile.to(tl.float32)
 
 
@@ -105,6 +106,14 @@ def lookup_forward_kernel(
             tl.store(out + token * V + v1, tl.sum(sum1, axis=0).to(out.dtype.element_ty), mask=v1 < V)
 
 
+def scale_stride(value_scales_N: torch.Tensor | None, pre_value_scales_N: torch.Tensor | None) -> int:
+    """Distance of the scales of neighbouring rows, the same for both tables; 0 without scales."""
+    strides = {scales.stride(0) for scales in (value_scales_N, pre_value_scales_N) if scales is not None}
+    if len(strides) > 1:
+        raise ValueError(f"scales of strides {sorted(strides)}: those of both tables need one stride")
+    return strides.pop() if strides else 0
+
+
 def forward(
     indices_TM: torch.Tensor,
     weights_TMC: torch.Tensor | None,
@@ -128,7 +137,7 @@ def forward(
     With both tables `weights_TMC` are scores, multiplied by act(dot); with `values_NV` alone they are final weights.
     """
     table: Any = values_NV if values_NV is not None else pre_values_NP
-    codes = table.dtype == torch.uint8
+    codes = scale_stride(value_scales_N, pre_value_scales_N)
     float_dtype_ok(None if codes else table)
     T, M = indices_TM.shape
     with_dot, with_sum = pre_values_NP is not None, values_NV is not None

@@ -35,7 +35,7 @@ def encode(x):
 
 @triton.jit
 def quantize_kernel(
-    table, codes, scales, amax, rows, tiny,
+    table, codes, scales, amax, rows, scale_stride, tiny,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_AMAX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -50,7 +50,7 @@ def quantize_kernel(
     some = largest > tiny
     divisor = tl.where(some, largest, 1.0)
     factor = tl.where(some, tl.div_rn(448.0, divisor), 0.0)
-    tl.store(scales + row, tl.where(some, tl.div_rn(largest, 448.0), 0.0), mask=row < rows)
+    tl.store(scales + row * scale_stride, tl.where(some, largest * 0.002232142857142857, 0.0), mask=row < rows)
     scaled = tl.minimum(tl.maximum(x * factor[:, None], -448.0), 448.0)
     tl.store(codes + at, encode(scaled), mask=mask)
 
@@ -65,6 +65,6 @@ def quantize_(
     block_d = next_power_of_two(D)
     block_n = max(1, 4096 // block_d)
     quantize_kernel[(triton.cdiv(rows, block_n),)](
-        table_ND, codes_ND, scales_N, amax_N, rows, SMALLEST_AMAX,
+        table_ND, codes_ND, scales_N, amax_N, rows, scales_N.stride(0), SMALLEST_AMAX,
         D, block_n, block_d, HAS_AMAX=amax_N is not None, num_warps=4,
     )  # fmt: skip
