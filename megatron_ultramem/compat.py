@@ -23,6 +23,7 @@ from megatron.core.inference import utils as inference_utils
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
@@ -71,7 +72,8 @@ def context_parallel_part(batch: dict[str, Any]) -> dict[str, Any]:
 
 def graphed_parts(parts: list[str]) -> dict[str, list[str]]:
     """The setting of TransformerConfig that names the parts of a layer which CUDA graphs record."""
-    return {"cuda_graph_modules" if MCORE_VERSION >= (0, 19) else "cuda_graph_scope": parts}
+    renamed = "cuda_graph_modules" in TransformerConfig.__dataclass_fields__  # in 0.19
+    return {"cuda_graph_modules" if renamed else "cuda_graph_scope": parts}
 
 
 def caching() -> AbstractContextManager[None]:
