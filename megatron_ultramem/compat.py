@@ -108,18 +108,17 @@ def moe_losses(names: list[str], num_microbatches: int, config: Any) -> dict[str
 
 
 def forget_moe_losses(*, in_place: bool = False) -> None:
-    """Starts the record of routers' auxiliary losses anew; in place where CUDA graphs write to it."""
+    """Starts the record of routers' auxiliary losses anew; in place where CUDA graphs write to it. That keeps its
+    length, which is the number of layers of this process's first model."""
     if _HAS_MOE_TRACKER:
-        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+        from megatron.core.transformer.moe import moe_logging
 
-        get_moe_metrics_tracker().clear()
+        clear, renew = moe_logging.get_moe_metrics_tracker().clear, moe_logging.destroy_moe_metrics_tracker
     else:
-        from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+        from megatron.core.transformer.moe import moe_utils
 
-        if in_place:
-            clear_aux_losses_tracker()
-        else:  # that would keep the length, which is the number of layers of this process's first model
-            get_moe_layer_wise_logging_tracker().clear()
+        clear, renew = moe_utils.clear_aux_losses_tracker, moe_utils.get_moe_layer_wise_logging_tracker().clear
+    clear() if in_place else renew()
 
 
 def start_save(state: dict[str, Any], folder: Path, content: dict[str, Any]) -> AsyncRequest:
@@ -192,7 +191,7 @@ class _Results:
 
 def parts_of_state(state: dict[Any, Any]) -> list[dict[str, Any]]:
     """Of a chained optimizer's state, or the one of an optimizer that is not chained."""
-    parts = [part for _, part in sorted(state.items()) if isinstance(part, dict)] if 0 in state else [state]
+    parts = [state[key] for key in sorted(key for key in state if isinstance(key, int))] if 0 in state else [state]
     return [part.get("optimizer", part) for part in parts]
 
 

@@ -94,5 +94,13 @@ def test_recorded_losses_are_means_of_the_step_under_every_layout(pool: WorkerPo
                 assert np.isfinite(got["moe/z_loss"])
 
 
+def test_a_deeper_model_in_the_same_process_is_recorded_too(pool: WorkerPool, small_run: list[str]) -> None:
+    settings = [*small_run, *MODELS["losses"]]
+    for layers in (4, 6):
+        deeper = [*settings, f"model.num_layers={layers}", f"model.moe.layers=1-{layers - 1}"]
+        ((found,),) = pool.run(1, recorded_losses, deeper, 1)
+        assert 0.99 < found["moe/load_balancing_loss"] < 4
+
+
 def test_without_moe_layers_nothing_is_recorded(pool: WorkerPool, small_run: list[str]) -> None:
     assert pool.run(1, recorded_losses, small_run, 1) == [[{}]]
