@@ -18,25 +18,26 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_ultramem.model.feed_forward import FeedForwardWithMemory
-from megatron_ultramem.training.measure import wait
+from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.measure import forward_backward_only, trace, wait
 from megatron_ultramem.training.setup import Run
-from megatron_ultramem.training.spans import EXCHANGE, GRAD_SYNC, OPTIMIZER
+from megatron_ultramem.training.spans import EXCHANGE, GRAD_SYNC
 
 _PART = "part: "
 # `memory`: what a memory layer does beside its search and its lookup; `other`: embedding, head, loss, norms, residuals.
 COMPONENTS = ("attention", "ffn", "retrieval", "lookup", "exchange", "memory", "grad_sync", "optimizer", "other")
 _RANGES = {
     **{_PART + name: name for name in ("attention", "ffn", "memory")},
-    **{name: name for name in (EXCHANGE, GRAD_SYNC, OPTIMIZER)},
+    **{name: name for name in (EXCHANGE, GRAD_SYNC)},
     "_Search": "retrieval", "_SearchBackward": "retrieval", "_Lookup": "lookup", "_LookupBackward": "lookup",
 }  # fmt: skip
 
 
-def time_split(run: Run, step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of kernels by component of what `step` runs on this rank's GPU. Kernels on several streams at the
-    same time count each."""
+def time_split(run: Run) -> dict[str, float]:
+    """Milliseconds of kernels on this rank's GPU by component: of the forward and backward of a micro-batch, and what a
+    step adds to them (`optimizer`). Kernels on several streams at the same time count each. A collective call."""
     with marked(run):
-        events = traced(run, step)
+        events = traced(run, lambda: forward_backward_only(run, 1))
     milliseconds = dict.fromkeys(COMPONENTS, 0.0)
     total = sum(event.time_range.elapsed_us() for event in events if _is_kernel(event)) / 1e3
     for event, component in by_component(events):
@@ -44,7 +45,13 @@ def time_split(run: Run, step: Callable[[], object]) -> dict[str, float]:
         spent = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
         milliseconds[component] += spent / 1e3
     milliseconds["other"] += max(0.0, total - sum(milliseconds.values()))  # what no operation of torch launched
+    # Transformer Engine's Adam is no operation of torch, so its kernels have no range.
+    milliseconds["optimizer"] = max(0.0, _kernel_ms(run, train_step) - total)
     return milliseconds
+
+
+def _kernel_ms(run: Run, action: Callable[[Run], object]) -> float:
+    return sum(span.end - span.begin for span in trace(run, lambda: action(run))) / 1e3
 
 
 def by_component(events: Iterable[Any]) -> Iterator[tuple[Any, str]]:
