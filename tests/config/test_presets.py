@@ -11,6 +11,7 @@ from megatron_ultramem.config import load_config, save_config
 from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.presets import THROUGHPUT
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.inference.settings import inference_config
 from megatron_ultramem.platform import Platform, resolve_backend
 
 PRESET = "preset=throughput"
@@ -67,6 +68,13 @@ def test_without_a_gpu_each_part_works_or_is_refused_by_name(name: str) -> None:
         return
     with pytest.raises(ConfigError, match=rf"{name} = .*preset = throughput.*legal"):
         resolve_backend(config, _cpu())
+
+
+def test_a_model_trained_under_a_preset_generates_without_a_gpu(tmp_path: Path) -> None:
+    save_config(load_config(None, [PRESET]), tmp_path / "config.yaml")
+    config = inference_config(tmp_path, [], 1, "cpu")
+    assert resolve_backend(config, _cpu()) == "local"
+    assert config.train.norms == "ultramem"
 
 
 def _parts() -> list[str]:
