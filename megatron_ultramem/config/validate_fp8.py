@@ -42,7 +42,9 @@ def validate_fp8(config: Config) -> None:
             ("train.cuda_graphs = memory", config.train.cuda_graphs == "memory"),
             ("parallel.overlap_exchange", config.parallel.overlap_exchange),
         ):
-            if value:  # scales that steps carry on, and a workspace that Transformer Engine has once for all streams
+            if (
+                value
+            ):  # recorded outside of the FP8 context; a workspace that Transformer Engine has once for all streams
                 raise ConfigError(
                     f"{name} with FP8 projections of the memory layers (train.fp8.recipe = {fp8.recipe}): they can "
                     f"neither be recorded nor run beside other layers; legal: train.fp8.memory_projections = false"

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
-from tests.distributed.test_layouts import MODELS
+from tests.distributed.test_layouts import MODELS, TP2
+from tests.distributed.test_memory_parallel import COLUMNS, P2
 from tests.distributed.workers import WorkerPool
 from tests.gpu.fp8_job import fp8_job
-from tests.gpu.test_training import BF16, LOCAL, TE, WIDE
+from tests.gpu.test_training import BF16, LOCAL, TE, WIDE, two_gpus
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,12 +69,14 @@ def test_first_and_last_layers_stay_in_bf16(run: Any) -> None:
     assert run(TE, *RECIPES["tensorwise"], *ends)["in_fp8"] == {0: False, 1: True, 2: False, 3: False}
 
 
+@pytest.mark.slow
 def test_memory_projections_stay_in_bf16(run: Any) -> None:
     found = run(TE, *RECIPES["delayed"], "train.fp8.memory_projections=false")
     assert not any(found["in_fp8"].values())
     np.testing.assert_allclose(found["losses"], run(TE)["losses"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_recomputed_memory_layers_give_the_same_losses(run: Any) -> None:
     kept, recomputed = run(TE, *RECIPES["delayed"]), run(TE, *RECIPES["delayed"], "model.memory.recompute=true")
     np.testing.assert_allclose(recomputed["losses"], kept["losses"], rtol=1e-4)
@@ -88,17 +91,16 @@ def test_weights_in_fp8_alone_start_from_the_same_numbers(run: Any, recipe: str)
 
 
 RESUMED = {
+    "delayed_and_tables": [*RECIPES["delayed"], FP8_TABLES],
     "bf16": [],
-    "delayed": RECIPES["delayed"],
     "tensorwise_fp8_weights": [*RECIPES["tensorwise"], GATHER],
     "delayed_fp8_weights": [*RECIPES["delayed"], GATHER],
     "blockwise": RECIPES["blockwise"],
-    "fp8_tables": [FP8_TABLES],
 }
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if "blockwise" in case else []) for case in RESUMED]
+    "case", [pytest.param(case, marks=[] if case == "delayed_and_tables" else pytest.mark.slow) for case in RESUMED]
 )
 def test_resuming_is_bitwise(gpus: WorkerPool, small_run: list[str], tmp_path: Path, case: str) -> None:  # noqa: F811
     settings = [*small_run, *MODEL, TE, *RESUMED[case], "checkpoint.load=auto", f"train.run_dir={tmp_path}"]
@@ -119,12 +121,11 @@ def test_a_checkpoint_moves_between_back_ends_and_precisions(
 ) -> None:
     settings = [*small_run, *MODEL, "checkpoint.load=auto", f"train.run_dir={tmp_path}"]
     (saved,) = gpus.run(1, fp8_job, [*settings, TE, *RECIPES["delayed"]], 2, (2,))
-    for other in ([LOCAL], [TE, *RECIPES["blockwise"]]):
-        (loaded,) = gpus.run(1, fp8_job, [*settings, *other], 2)
-        np.testing.assert_allclose(loaded["valid_loss"], saved["valid_loss"], rtol=5e-3)
-        for name in saved["params"]:
-            if ".memory." in name:
-                assert np.array_equal(loaded["params"][name], saved["params"][name]), name
+    (loaded,) = gpus.run(1, fp8_job, [*settings, LOCAL], 2)
+    np.testing.assert_allclose(loaded["valid_loss"], saved["valid_loss"], rtol=5e-3)
+    for name in saved["params"]:
+        if ".memory." in name:
+            assert np.array_equal(loaded["params"][name], saved["params"][name]), name
 
 
 def test_tables_read_in_fp8_train_like_those_in_bf16(run: Any) -> None:
@@ -134,8 +135,18 @@ def test_tables_read_in_fp8_train_like_those_in_bf16(run: Any) -> None:
     np.testing.assert_allclose(read_in_fp8["valid_loss"], in_full["valid_loss"], rtol=5e-3)
 
 
-@pytest.mark.parametrize("graphs", ["memory", "full"])
+@pytest.mark.parametrize("graphs", [pytest.param("memory", marks=pytest.mark.slow), "full"])
 def test_recorded_lookups_read_what_each_step_makes_of_the_tables(run: Any, graphs: str) -> None:
     plain, recorded = run(TE, FP8_TABLES), run(TE, FP8_TABLES, f"train.cuda_graphs={graphs}")
     assert recorded["losses"] == plain["losses"]
     assert recorded["valid_loss"] == plain["valid_loss"]
+
+
+@two_gpus
+@pytest.mark.parametrize("settings", [RECIPES["tensorwise"], [FP8_TABLES, P2, COLUMNS]], ids=["tp2", "columns"])
+def test_two_gpus_train_like_one(gpus: WorkerPool, small_run: list[str], run: Any, settings: list[str]) -> None:  # noqa: F811
+    one = run(TE, *(setting for setting in settings if setting not in (P2, COLUMNS)))
+    layout = settings if P2 in settings else [*settings, TP2]
+    for two in gpus.run(2, fp8_job, [*small_run, *MODEL, TE, *layout], STEPS):
+        np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-2)
+        np.testing.assert_allclose(two["valid_loss"], one["valid_loss"], rtol=1e-2)
