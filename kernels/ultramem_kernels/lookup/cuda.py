@@ -124,22 +124,8 @@ def _plan(
     blocks: Blocks,
 ) -> _Plan:
     key = (
-        name,
-        device,
-        dtype,
-        index_dtype,
-        weight_dtype,
-        dot_dtype,
-        P,
-        V,
-        C,
-        gelu,
-        padding,
-        atomic,
-        codes,
-        paired,
-        blocks,
-    )
+        name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, codes, paired, blocks,
+    )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         element, chunk = (1, 16) if codes else (2, 8)
