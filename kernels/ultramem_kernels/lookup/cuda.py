@@ -124,7 +124,8 @@ def _plan(
     blocks: Blocks,
 ) -> _Plan:
     key = (
-        name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, codes, paired, blocks,
+        name, device, dtype, index_dtype, weight_dtype, dot_dtype, P, V, C, gelu, padding, atomic, codes, paired,
+        blocks,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:

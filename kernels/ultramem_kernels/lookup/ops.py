@@ -78,7 +78,7 @@ def run_lookup_forward(
 ) -> torch.Tensor:
     """Pooled values [T, V]; without `values` the dots [T, M]; without `pre_values` `weights` are final.
 
-    With scales (fp32, both of one stride) the tables hold codes (see fp8_rows.py), and `dtype` is that of inputs and output.
+    With scales (fp32, both of one stride) the tables hold codes (see fp8_rows.py), and inputs and output are `dtype`.
     """
     chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start, dtype)
     w, x, v, p = _present(weights, pre_input, values, pre_values)
