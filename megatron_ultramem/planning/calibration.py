@@ -37,7 +37,9 @@ BLOCK_LAUNCHES = 324  # norms, attention, residual
 FFN_LAUNCHES = 220
 MEMORY_LAUNCHES = 300
 # From micro-batches of the same model on two H200s (memory_parallel_h200x2.json).
-GRAPH_LAUNCHES = 180  # a memory layer as CUDA graphs, with what goes in and out of them: 145 ms
+# A memory layer as CUDA graphs, with what goes in and out of them: 145 ms. Megatron's graphs of a layer are assumed to
+# take as long; they record about half of what MOE_LAUNCHES counts.
+GRAPH_LAUNCHES = 180
 EXCHANGE_LAUNCHES = 3  # for every message of a memory exchange: 174 ms by columns, without graphs
 MOE_LAUNCHES = 440  # router and dispatch
 EXPERT_LAUNCHES = 25  # for every expert on the rank

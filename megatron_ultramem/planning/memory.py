@@ -18,7 +18,8 @@ from megatron_ultramem.planning.workload import Layer, Stage, Workload
 
 GIB = 2**30
 # Bytes for each logit at the peak of the loss. Transformer Engine back end: the logits, and their compiled softmax and
-# its gradient out of place in fp32. Local: in place, on an fp32 copy if the logits are bf16.
+# its gradient out of place in fp32; with train.cross_entropy=transformer_engine twice the logits (so it was on one H100:
+# 35.3 GiB for ultramemv2_227m_1b with preset=throughput). Local: in place, on an fp32 copy if the logits are bf16.
 LOSS_BYTES = {("transformer_engine", 2): 10, ("transformer_engine", 4): 12, ("local", 2): 6, ("local", 4): 4}
 
 
@@ -81,7 +82,7 @@ def stage_memory(
     activations = in_flight * sum(count * (left if recompute else whole[layer]) for layer, count in stage.layers)
     if stage.has_output:  # input and output of the final norm, once: the last stage runs its backward at once
         activations += 2 * left
-    a_logit = size if options.fused_loss else LOSS_BYTES[options.backend, size]  # fused: in place
+    a_logit = 2 * size if options.fused_loss else LOSS_BYTES[options.backend, size]
     loss = work.vocabulary / layout.tensor * tokens * a_logit if stage.has_output else 0.0
     workspace = max(_workspace(work, layout, layer, options, tokens) for layer, _ in stage.layers)
     if recompute:

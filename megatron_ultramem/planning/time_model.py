@@ -138,13 +138,16 @@ class TimeModel:
         p = layer.parameters
         if config.train.cuda_graphs == "full":  # two for the whole model
             return 0.0
+        experts = c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
+        if config.train.cuda_graphs == "layers":
+            return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES / 2 + experts if layer.has_moe else 0)
         number = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
         if layer.has_memory and config.train.cuda_graphs == "memory":
             number += c.GRAPH_LAUNCHES
         elif layer.has_memory:
             number += c.MEMORY_LAUNCHES + c.EXCHANGE_LAUNCHES * layout.placement.messages
         if layer.has_moe:
-            number += c.MOE_LAUNCHES + c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
+            number += c.MOE_LAUNCHES + experts
         return number
 
     def _end_of_step(
