@@ -23,7 +23,15 @@ from pathlib import Path
 from megatron_ultramem.errors import UserError
 from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.reporting.comparison_files import write_comparison
-from megatron_ultramem.reporting.trials import Budget, Trial, check_recipes, load_recipe, parse_seeds, run_trials
+from megatron_ultramem.reporting.trials import (
+    Budget,
+    Trial,
+    check_recipes,
+    gpus_of_places,
+    load_recipe,
+    parse_seeds,
+    run_trials,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,9 +79,9 @@ def _budget(args: argparse.Namespace, tokens_per_step: int) -> Budget:
         raise UserError(f"--tokens {args.tokens:g}: legal: at least the {tokens_per_step} of a step")
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes {args.minutes:g}: legal: more than 0")
-    for name in ("ranks", "at_once"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: legal: at least 1")
+    if args.ranks < 1:
+        raise UserError(f"--ranks {args.ranks}: legal: at least 1")
+    gpus_of_places(args.at_once, args.ranks)
     return Budget(math.ceil(args.tokens / tokens_per_step), args.minutes)
 
 

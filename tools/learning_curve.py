@@ -73,14 +73,23 @@ def _compare(args: argparse.Namespace, began: float, folder: Path) -> int:
     import torch
 
     from megatron_ultramem.reporting.comparison_files import write_comparison
-    from megatron_ultramem.reporting.trials import Budget, Trial, check_recipes, load_recipe, parse_seeds, run_trials
+    from megatron_ultramem.reporting.trials import (
+        Budget,
+        Trial,
+        check_recipes,
+        gpus_of_places,
+        load_recipe,
+        parse_seeds,
+        run_trials,
+    )
 
+    seeds = parse_seeds(args.seeds)
+    gpus_of_places(args.at_once, 1)
     settings = [*(ON_GPUS if torch.cuda.is_available() else []), *args.settings]
     same_size([load_recipe(path, settings) for path in args.recipes])
     settings += make_text(args.text, _vocabulary(load_recipe(args.recipes[0], settings)), folder / "data")
-    recipes = [load_recipe(path, [*settings, f"data.cache_dir={folder}/cache"]) for path in args.recipes]
+    recipes = [load_recipe(path, settings) for path in args.recipes]
     check_recipes(recipes)
-    seeds = parse_seeds(args.seeds)
     rounds = -(-len(seeds) * len(recipes) // args.at_once)
     left = args.seconds - (time.monotonic() - began) - REPORT_SECONDS
     minutes = (left / rounds - START_SECONDS) / 60

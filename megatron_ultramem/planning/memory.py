@@ -18,7 +18,7 @@ from megatron_ultramem.planning.workload import Layer, Stage, Workload
 
 GIB = 2**30
 # Bytes for each logit at the peak of the loss. Transformer Engine back end: the logits, and their compiled softmax and
-# its gradient out of place in fp32; with train.cross_entropy=transformer_engine twice the logits (so it was on one H100:
+# its gradient out of place in fp32; twice the logits with train.cross_entropy=transformer_engine (on one H100:
 # 35.3 GiB for ultramemv2_227m_1b with preset=throughput). Local: in place, on an fp32 copy if the logits are bf16.
 LOSS_BYTES = {("transformer_engine", 2): 10, ("transformer_engine", 4): 12, ("local", 2): 6, ("local", 4): 4}
 

@@ -164,7 +164,7 @@ def run_trials(trials: Sequence[Trial], *, at_once: int, deadline: float | None 
     """Runs what is not done yet, `at_once` at a time; returns those that failed, or went on at the deadline and were
     ended (seconds of time.monotonic)."""
     waiting = [trial for trial in trials if not trial.is_done()]
-    gpus = _gpus(at_once, max((trial.ranks for trial in trials), default=1))
+    gpus = gpus_of_places(at_once, max((trial.ranks for trial in trials), default=1))
     running: dict[int, tuple[Trial, subprocess.Popen[bytes]]] = {}
     failed: list[Trial] = []
     with contextlib.ExitStack() as files:
@@ -205,16 +205,17 @@ def _show_end(trial: Trial) -> None:
     print(f"{trial.recipe.name}, seed {trial.seed} failed", *text.splitlines()[-25:], sep="\n", flush=True)
 
 
-def _gpus(at_once: int, ranks: int) -> list[str] | None:
-    """CUDA_VISIBLE_DEVICES of each place; None where runs see all GPUs: there are none, or one run at a time."""
+def gpus_of_places(at_once: int, ranks: int) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES of each of the runs of `ranks` ranks that go on `at_once`; None where they see all GPUs, as
+    there are none, or there is one run at a time. Raises UserError where there are too few."""
     import torch
 
+    if at_once < 1:
+        raise UserError(f"--at-once {at_once}: legal: at least 1")
     if at_once == 1 or not torch.cuda.is_available():
         return None
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     every = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     if len(every) < at_once * ranks:
-        raise UserError(
-            f"--at-once {at_once} runs of {ranks} ranks: legal with {len(every)} GPUs: at most as many ranks"
-        )
+        raise UserError(f"--at-once {at_once}: legal with {len(every)} GPUs and {ranks} ranks: {len(every) // ranks}")
     return [",".join(every[place * ranks : (place + 1) * ranks]) for place in range(at_once)]

@@ -48,6 +48,17 @@ def test_recipes_of_different_sizes_are_refused(pair: list[str], capsys: pytest.
     assert "ours has 37,424 active parameters and moe 38,080; legal: at most 1% apart" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("--seeds=1,1", "--seeds 1,1: legal: different numbers"), ("--at-once=0", "--at-once 0: legal: at least 1")],
+)
+def test_refused_before_any_text_is_made(
+    pair: list[str], argument: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script("learning_curve").main([*pair, argument]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_pair_is_trained_on_the_text_of_a_folder_until_its_time_is_over(pair: list[str], tmp_path: Path) -> None:
     text = tmp_path / "text"
