@@ -20,6 +20,8 @@ SHAPES = [
     (24, 9, 4, 8, 16, 2),  # a few rows, each over several tiles
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# In the interpreter both 16-bit types take the same way.
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def exact(indices: torch.Tensor, scores, x, values, pre_values, grad, **options)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
 def test_output_and_gradients_equal_the_reference(shape, dtype, backend, deterministic, device):
@@ -139,7 +141,7 @@ def test_shards_of_columns_give_the_whole_lookup_in_two_modes(backend, device):
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("rows", [1, 3, 2000], ids=lambda rows: f"{rows}rows")
 def test_deterministic_gradients_are_bitwise_equal_and_right_for_hot_rows(backend, rows, device):
-    T, M, P, V, C = (160, 32, 16, 16, 2) if device.type == "cuda" else (20, 16, 16, 16, 2)  # several levels of merging
+    T, M, P, V, C = (160, 32, 16, 16, 2) if device.type == "cuda" else (12, 12, 16, 16, 2)  # several levels of merging
     indices, scores, x, values, pre_values = inputs((T, M, rows, P, V, C), torch.bfloat16, device)
     indices[T // 4 : T // 2] = indices[0, 0]
     grad = torch.randn(T, V, device=device).bfloat16()
