@@ -25,8 +25,9 @@ SHOWN = {
     "soak": ["restarts", "checkpoints_equal_by_every_bit", "checkpoints_lost"],
     "kernels": [
         "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
-        "layer_forward_backward_ms", "layer_t1_us",
+        "layer_forward_backward_ms", "layer_t1_us", "lookup_forward_fp8_ms", "lookup_forward_fp8_speedup",
     ],
+    "fp8_curves": ["loss_last_20", "loss_against_bf16"],
 }  # fmt: skip
 SWEPT = re.compile(r"T\d+_m\d+_")  # cases of a sweep are for plots, not for a table
 
