@@ -166,6 +166,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     from megatron_ultramem.model.build import value_pools
     from megatron_ultramem.platform import prepare
     from megatron_ultramem.training.distributed import destroy_distributed
+    from megatron_ultramem.training.exchange_figures import exchange_rows
     from megatron_ultramem.training.loop import train_step
     from megatron_ultramem.training.measure import covered_ms, forward_backward_only, median_seconds, trace
     from megatron_ultramem.training.setup import set_up
@@ -200,37 +201,12 @@ def measure(args: argparse.Namespace) -> list[Row]:
             Row(args.child, "gpu_gib", torch.cuda.get_device_properties(0).total_memory / 2**30, "GiB"),
         ]
     if traffic is not None:
-        exchange = [span for span in spans if is_exchange(span.name)]
-        others = [span for span in spans if not is_exchange(span.name)]
-        moved, seconds = sum(traffic.received.values()), _moving_seconds(exchange)
-        hidden = 1 - (covered_ms(spans) - covered_ms(others)) / max(covered_ms(exchange), 1e-9)
-        rows += [
-            Row(args.child, "exchange_mb", moved / 1e6, "MB per micro-batch and rank"),
-            Row(args.child, "exchange_messages", sum(traffic.messages.values()), "per micro-batch and rank"),
-            Row(args.child, "exchange_ms", seconds * 1e3, "ms per micro-batch"),
-            Row(args.child, "exchange_gb_s", moved / seconds / 1e9, "GB/s received"),
-            Row(args.child, "exchange_hidden_percent", 100 * hidden, "%"),
-        ]
+        rows += exchange_rows(args.child, spans, traffic)
     if args.traces and run.is_main:
         keep_trace(args.traces, args.child, spans)
     main = run.is_main
     destroy_distributed()
     return rows if main else []
-
-
-def _moving_seconds(exchange: list) -> float:
-    """Time of the all-to-alls without waiting. A collective call."""
-    import torch.distributed as dist
-
-    own = [span.end - span.begin for span in exchange]
-    everywhere: list[list[float]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
-    return sum(min(spans) for spans in zip(*everywhere, strict=True)) / 1e6
-
-
-def is_exchange(kernel: str) -> bool:
-    """Whether a kernel is NCCL's all-to-all, which it builds of sends and receives."""
-    return "nccl" in kernel.lower() and "SendRecv" in kernel
 
 
 def keep_trace(folder: Path, case: str, spans: list) -> None:
@@ -265,6 +241,8 @@ COLORS = {"exchange": "tab:red", "memory layer": "tab:green", "matrices, attenti
 
 
 def _color(kernel: str) -> str:
+    from megatron_ultramem.training.exchange_figures import is_exchange
+
     name = kernel.lower()
     if is_exchange(kernel):
         return COLORS["exchange"]

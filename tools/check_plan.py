@@ -25,9 +25,10 @@ from rich.table import Table
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config, TokenizerConfig
 from megatron_ultramem.errors import UserError
-from megatron_ultramem.planning.clusters import Cluster, load_cluster, presets
+from megatron_ultramem.planning.clusters import Cluster
+from megatron_ultramem.planning.this_machine import cluster_of_this_machine
 from megatron_ultramem.quiet import quiet_dependencies
-from megatron_ultramem.results import Row, hardware_name, write_results
+from megatron_ultramem.results import Row, write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 # Settings, and by how much the micro-batch is larger.
@@ -72,7 +73,7 @@ def _all_cases(args: argparse.Namespace) -> None:
     unknown = [case for case in args.cases.split(",") if case not in CASES]
     if unknown:
         raise UserError(f"--cases {unknown[0]}: legal: {', '.join(CASES)}")
-    _cluster(args.cluster)
+    cluster_of_this_machine(args.cluster)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(args.config, args.overrides)
@@ -100,18 +101,6 @@ def _text(prefix: Path) -> list[str]:
     return [f"data.train_paths=[{prefix}]", f"data.cache_dir={prefix.parent}/cache"]
 
 
-def _cluster(name: str | None) -> Cluster:
-    if name is not None:
-        return load_cluster(name)
-    gpu = hardware_name().lower()
-    known = next((preset for preset in presets() if preset in gpu), None)
-    if known is None:
-        raise UserError(
-            f"--cluster: no preset describes {hardware_name()}; name one of {', '.join(presets())} or a file"
-        )
-    return load_cluster(known)
-
-
 def _child(args: argparse.Namespace) -> int:
     settings, larger = CASES[args.child]
     micro = larger * load_config(args.config, args.overrides).train.micro_batch_size
@@ -124,7 +113,7 @@ def _child(args: argparse.Namespace) -> int:
     from megatron_ultramem.platform import prepare
 
     prepare(config.train.device)
-    rows = measure(config, f"{args.config.stem}/{args.child}", _cluster(args.cluster))
+    rows = measure(config, f"{args.config.stem}/{args.child}", cluster_of_this_machine(args.cluster))
     args.output.write_text(json.dumps([row.__dict__ for row in rows]))
     return 0
 
