@@ -1,5 +1,10 @@
 """The errors that a user is meant to read: raised with one clear message, printed by the CLI without a traceback."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Something the user can put right. The message names the setting or file, its value, and what would be legal."""
@@ -64,3 +69,12 @@ def lost_another_rank(error: BaseException) -> bool:
     if isinstance(error, ExchangeError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def exit_status(action: Callable[[], int | None]) -> int:
+    """Of a command that does `action`: what that returns, 0 for None, or 2 with a printed UserError."""
+    try:
+        return action() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

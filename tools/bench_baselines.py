@@ -31,7 +31,7 @@ from rich.table import Table
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config, TokenizerConfig
-from megatron_ultramem.errors import UserError
+from megatron_ultramem.errors import UserError, exit_status
 from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.results import Row, write_results
@@ -83,14 +83,7 @@ WAYS: dict[str, dict[str, Way]] = {
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     quiet_dependencies()
-    try:
-        if args.child is not None:
-            return _child(args)
-        _measure_all(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _measure_all(args) if args.child is None else _child(args))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

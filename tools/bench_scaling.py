@@ -34,7 +34,7 @@ from rich.table import Table
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.errors import ConfigError, UserError
+from megatron_ultramem.errors import ConfigError, UserError, exit_status
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster
 from megatron_ultramem.planning.memory import GIB
@@ -114,14 +114,7 @@ class Case:
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     quiet_dependencies()
-    try:
-        if args.child is not None:
-            return _child(args)
-        measure_all(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: measure_all(args) if args.child is None else _child(args))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

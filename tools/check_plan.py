@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config, TokenizerConfig
-from megatron_ultramem.errors import UserError
+from megatron_ultramem.errors import UserError, exit_status
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.this_machine import cluster_of_this_machine
 from megatron_ultramem.quiet import quiet_dependencies
@@ -47,14 +47,7 @@ FILES = 200  # of the standard library: more text than the steps need
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     quiet_dependencies()
-    try:
-        if args.child is not None:
-            return _child(args)
-        _all_cases(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _all_cases(args) if args.child is None else _child(args))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ultramem.config.schema import TokenizerConfig
-from megatron_ultramem.errors import UserError
+from megatron_ultramem.errors import UserError, exit_status
 
 if TYPE_CHECKING:  # processes that tokenise import this file: torch would be most of their work
     from megatron_ultramem.reporting.trials import Recipe
@@ -47,12 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_ultramem.quiet import quiet_dependencies
 
     quiet_dependencies()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return _compare(args, began, Path(folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        return exit_status(lambda: _compare(args, began, Path(folder)))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
