@@ -19,7 +19,9 @@ from ultramem_kernels.dispatch import choose, for_this_call
 from ultramem_kernels.lookup import cuda, cuda_gradients, reference
 from ultramem_kernels.lookup.table_gradients import add_by_reference, add_sorted, sorted_entries
 
-# Below this many entries (T * M) the fixed cost of a sort outweighs what it saves over atomics (NOTES.md).
+# Below this many entries (T * M) the fixed cost of a sort outweighs what it saves over atomics (NOTES.md). Above,
+# the CUDA kernels never use them: autotuning sees the rows of a first step, spread evenly, where atomics may win by
+# little; in training many tokens want the same rows, and atomics on those wait for each other.
 ATOMIC_BELOW = 1 << 16
 
 
@@ -167,7 +169,10 @@ def run_lookup_backward(
         how = "segments" if deterministic or indices.numel() >= ATOMIC_BELOW else "atomic"
     else:
         segments = tuple(cuda_gradients.WAYS) if chosen == "cuda" else ("segments",)
-        names = (*segments, "atomic") if indices.numel() >= ATOMIC_BELOW else ("atomic", *segments)
+        if indices.numel() < ATOMIC_BELOW:
+            names = ("atomic", *segments)
+        else:
+            names = segments if chosen == "cuda" else (*segments, "atomic")
         # A gradient of zeros leaves the tables' gradients as they are.
         how = tuning.choose(
             indices.device, "lookup_backward", _tuning_shape(chosen, indices, w, v, p), names,
