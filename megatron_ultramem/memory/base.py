@@ -99,16 +99,25 @@ class MemoryLayer(nn.Module, ABC):
     def table(self) -> ValuePool:
         return self._table[0]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised FFN input [T, h] or [S, B, h] -> what is added to the residual stream, of the same shape."""
+    def forward(self, x: torch.Tensor, retrieved: Callable[[], None] | None = None) -> torch.Tensor:
+        """Normalised FFN input [T, h] or [S, B, h] -> what is added to the residual stream, of the same shape.
+
+        `retrieved` is called once, when all that is left is the lookup and what follows it, or before everything where
+        the layer is not computed step by step (recomputation, a recorded layer).
+        """
         self.table.settle()
-        if self.graph is not None and self.graph.takes(x):
+        recorded = self.graph is not None and self.graph.takes(x)
+        recomputed = self.config.recompute and torch.is_grad_enabled()
+        if retrieved is not None and (recorded or recomputed):
+            retrieved()
+        if recorded:
+            assert self.graph is not None
             return self.graph.run(x)
         x_TH, kept = x.reshape(-1, x.shape[-1]), Kept()
-        if self.config.recompute and torch.is_grad_enabled():
+        if recomputed:
             out_TH = self._checkpoint(self._forward, x_TH, kept)
         else:
-            out_TH = self._forward(x_TH, kept)
+            out_TH = self._forward(x_TH, kept, retrieved)
         return out_TH.view(x.shape)
 
     @abstractmethod
@@ -120,8 +129,8 @@ class MemoryLayer(nn.Module, ABC):
         """What the layer makes of tokens and what was retrieved for them, [T, h]."""
 
     @abstractmethod
-    def _forward(self, x_TH: torch.Tensor, kept: Kept) -> torch.Tensor:
-        """[T, h] to [T, h]; a second call with the same `kept` makes the same selection."""
+    def _forward(self, x_TH: torch.Tensor, kept: Kept, retrieved: Callable[[], None] | None = None) -> torch.Tensor:
+        """[T, h] to [T, h]; a second call with the same `kept` makes the same selection. `retrieved`: see `forward`."""
 
     def refresh(self) -> None:
         """Recomputes what follows from the parameters; once per optimizer step, before it."""

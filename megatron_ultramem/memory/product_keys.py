@@ -10,6 +10,7 @@ K candidates per side, M values per head (per token in `indices_TM` and `scores_
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,10 +189,13 @@ class ProductKeyLayer(MemoryLayer):
         if self.retrieval.norm == "batch":
             self.retrieval.query_norm.reset()
 
-    def _forward(self, x_TH: torch.Tensor, kept: Kept) -> torch.Tensor:
+    def _forward(self, x_TH: torch.Tensor, kept: Kept, retrieved: Callable[[], None] | None = None) -> torch.Tensor:
         retrieval, known_HSRTM = self.retrieval, None
         query_HSRTD, key_HSRND = retrieval.normalised(self.query_proj(x_TH), count=kept.keys_HSTM is None)
         if kept.keys_HSTM is None:
             kept.keys_HSTM, known_HSRTM = retrieval.select(query_HSRTD, key_HSRND)
         scores_TM1 = retrieval.score_at(query_HSRTD, key_HSRND, kept.keys_HSTM, known_HSRTM)
-        return self.output(x_TH, self._rows(retrieval.grid_indices(kept.keys_HSTM)), scores_TM1)
+        rows_TM = self._rows(retrieval.grid_indices(kept.keys_HSTM))
+        if retrieved is not None:
+            retrieved()
+        return self.output(x_TH, rows_TM, scores_TM1)

@@ -5,7 +5,7 @@ Shapes: T tokens, H hidden size (heads in the five-axis names of `retrieval.py`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class TuckerLayer(MemoryLayer):
         self.retrieval.t.zero_()
         super().reset_parameters(seed)
 
-    def _forward(self, x_TH: torch.Tensor, kept: Kept) -> torch.Tensor:
+    def _forward(self, x_TH: torch.Tensor, kept: Kept, retrieved: Callable[[], None] | None = None) -> torch.Tensor:
         retrieval, query_TQ = self.retrieval, self.query_proj(x_TH)
         if retrieval.fused:
             rows_TM, scores_TMC, kept.fused_keys = retrieval.fused_search(
@@ -78,6 +78,8 @@ class TuckerLayer(MemoryLayer):
             )
         else:
             rows_TM, scores_TMC = self._search(*retrieval.normalised(query_TQ), kept)
+        if retrieved is not None:
+            retrieved()
         out_TH = self.output(x_TH, rows_TM, scores_TMC)
         if self.training and torch.is_grad_enabled():
             out_TH = self._with_auxiliary_losses(out_TH, query_TQ, kept)

@@ -48,7 +48,8 @@ class FeedForwardWithMemory(MegatronModule):
         sends: where this block's memory output goes, if not into this block.
         receives: whose memory output this block adds.
         overlap: on a GPU the memory layer runs on a stream of its own, so that its exchange hides behind the FFN (and
-            the blocks up to the one that adds its output).
+            the blocks up to the one that adds its output). The FFN begins when the rows are retrieved: before, both
+            need the same units of the GPU, and it would be over when the exchange begins.
     """
 
     def __init__(
@@ -83,20 +84,26 @@ class FeedForwardWithMemory(MegatronModule):
         self, hidden_states: Tensor, *, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] (the rank's share of s under sequence parallelism) to ([s, b, h], bias or None)."""
-        main: Any = None
-        side: Any = None
-        if self.overlap and hidden_states.is_cuda:
-            main, side = torch.cuda.current_stream(), memory_stream(hidden_states.device)
-            side.wait_stream(main)
-        # The FFN first, so that the GPU is busy with it while the host waits for the sizes of the exchange.
+        main, side = self._streams(hidden_states)
         terms, bias = [], None
-        if self.ffn is not None:
-            ffn_SBH, bias = self.ffn(hidden_states)
+
+        def ffn() -> None:
+            """On the main stream, after what the memory layer has launched by then."""
+            nonlocal bias
+            if self.ffn is None:
+                return
+            if main is not None:
+                main.wait_stream(side)
+            with _on(main):
+                ffn_SBH, bias = self.ffn(hidden_states)
             terms.append(ffn_SBH)
+
         added: list[Tensor] = []
-        if self.memory is not None:
-            with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
-                memory_SBH = self.memory(hidden_states)
+        if self.memory is None:
+            ffn()
+        else:
+            with _on(side):
+                memory_SBH = self.memory(hidden_states, retrieved=ffn)
             if side is not None:
                 hidden_states.record_stream(side)  # its own stream must not use that memory anew before
             if self.sends is None:
@@ -111,6 +118,14 @@ class FeedForwardWithMemory(MegatronModule):
                 memory_SBH.record_stream(main)
         return functools.reduce(torch.add, terms + added), bias
 
+    def _streams(self, x: Tensor) -> tuple[Any, Any]:
+        """The current stream and the memory layer's, which goes on from there; None for both without overlap."""
+        if not self.overlap or not x.is_cuda:
+            return None, None
+        main, side = torch.cuda.current_stream(), memory_stream(x.device)
+        side.wait_stream(main)
+        return main, side
+
     @property
     def linear_fc1(self) -> torch.nn.Module | None:
         """Megatron's FP8 recompute and fused inference look for it."""
@@ -121,8 +136,12 @@ class FeedForwardWithMemory(MegatronModule):
         return getattr(self.ffn, "linear_fc2", None)
 
 
+def _on(stream: Any) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
 @functools.cache
 def memory_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all memory layers of a device. Its kernels go first: what they then wait for, the exchange, passes
-    while the FFN computes. The other way round the FFN would be done before the exchange begins."""
+    """The stream of all memory layers of a device. Its kernels go before the FFN's: what they then wait for, the
+    exchange, passes while the FFN computes."""
     return torch.cuda.Stream(device, priority=FIRST)

@@ -226,3 +226,18 @@ def test_gradients_reach_every_parameter(small_model, tokens) -> None:
     model = small_model(2, sharing="ring", share_size=2)
     for name, gradient in gradients(model, tokens(30)).items():
         assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["ultramem_v2", "memory_plus"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_work_beside_the_lookup_is_begun_once_after_the_search(
+    small_model, tokens, monkeypatch, kind: str, recompute: bool
+) -> None:
+    model = small_model(1, kind=kind, recompute=recompute)
+    (layer,), seen = model.layers, []
+    monkeypatch.setattr(layer.table, "lookup", lambda *args, of=layer.table.lookup: seen.append("lookup") or of(*args))
+    monkeypatch.setattr(layer, "_rows", lambda *args, of=layer._rows: seen.append("search") or of(*args))
+    plain = layer(x := tokens(5, dtype=torch.float32))
+    assert torch.equal(layer(x, retrieved=lambda: seen.append("beside")), plain)
+    del seen[: seen.index("lookup") + 1]
+    assert seen == (["beside", "search", "lookup"] if recompute else ["search", "beside", "lookup"])
