@@ -3,14 +3,15 @@
 
     python tools/bench_training.py --config examples/configs/ultramemv2_227m_1b.yaml data.paths='[data/corpus]'
     python tools/bench_training.py --config ... --presets none,throughput --ablate data.paths='[data/corpus]'
+    python tools/bench_training.py --config benchmarks/configs/ultramemv2_1b_7b_cut.yaml \
+        --presets throughput,throughput_fp8 data.paths='[data/corpus]'
 
 `tokens_per_s` counts forward and backward alone, `tokens_per_s_with_optimizer` whole steps of 8 micro-batches; `tflops`
 and `mfu` are of forward and backward. `gpu_busy_ms` is the time in which the GPU computes in one forward and backward;
 `<component>_ms` splits the kernels of a step of one micro-batch without CUDA graphs; `host_waits` counts where the host
-waits for the GPU in a forward and backward. The case is <name of the config file>/<preset>. With --ablate the preset
-`throughput` is also measured without each of its settings in turn, speed and memory alone, in cases
-<recipe>/throughput-<setting>. Results go to benchmarks/results/training_<hardware>.json. Start it with torchrun for
-several ranks (and one preset).
+waits for the GPU in a forward and backward. The case is <name of the config file>/<preset>. With --ablate every preset
+is also measured without each of its settings in turn, speed and memory alone, in cases <recipe>/<preset>-<setting>.
+Results go to benchmarks/results/training_<hardware>.json. Start it with torchrun for several ranks (and one preset).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from megatron_ultramem.config import Config, load_config
 from megatron_ultramem.config.load import walk
-from megatron_ultramem.config.presets import preset_settings
+from megatron_ultramem.config.presets import graph_settings, preset_settings
 from megatron_ultramem.errors import ConfigError, UserError
 from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
@@ -59,7 +60,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--presets", help="such as none,throughput; default: that of the config")
-    parser.add_argument("--ablate", action="store_true", help="also throughput without each of its settings")
+    parser.add_argument("--ablate", action="store_true", help="also the presets without each of their settings")
+    parser.add_argument("--ablated", help="comma-separated settings for --ablate (default: all of a preset)")
     parser.add_argument("--case", help="instead of <recipe>/<preset>, for one preset with other settings")
     parser.add_argument("--steps", type=int, default=50, help="steps of training (default 50)")
     parser.add_argument("--micro-batches", type=int, default=8, help="per step of the training (default 8)")
@@ -78,14 +80,21 @@ def cases(args: argparse.Namespace) -> list[tuple[str, Config, int, bool]]:
     for preset in presets:
         config = _load(args, args.steps, f"preset={preset}")
         found.append((args.case or f"{args.config.stem}/{preset}", config, args.steps, True))
-    if args.ablate:
-        plain = {name: value for name, value, _ in walk(Config())}
-        for name in preset_settings(_load(args, ABLATION_STEPS, "preset=throughput")):
-            without = f"{name}={str(plain[name]).lower()}"
-            config = _load(args, ABLATION_STEPS, "preset=throughput", without)
-            case = f"{args.config.stem}/throughput-{name.split('.')[-1]}"
-            found.append((case, config, ABLATION_STEPS, False))
+    plain = {name: value for name, value, _ in walk(Config())}
+    for preset in presets if args.ablate else ():
+        for name in _ablated(args, preset):
+            config = _load(args, ABLATION_STEPS, f"preset={preset}", f"{name}={str(plain[name]).lower()}")
+            found.append((f"{args.config.stem}/{preset}-{name.split('.', 1)[1]}", config, ABLATION_STEPS, False))
     return found
+
+
+def _ablated(args: argparse.Namespace, preset: str) -> list[str]:
+    config = _load(args, ABLATION_STEPS, f"preset={preset}")
+    settings = [*graph_settings(config), *preset_settings(config)]
+    wanted = args.ablated.split(",") if args.ablated else settings
+    if unknown := [name for name in wanted if name not in settings]:
+        raise ConfigError(f"--ablated {unknown[0]}: legal with preset = {preset}: {', '.join(settings) or 'none'}")
+    return wanted
 
 
 def _load(args: argparse.Namespace, steps: int, *more: str) -> Config:

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ultramem.config.presets import preset_settings, under
+from megatron_ultramem.config.presets import graph_settings, preset_settings, under
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate
 from megatron_ultramem.errors import ConfigError
@@ -38,8 +38,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
 def config_from_dict(tree: dict[str, Any], *, check: bool = True) -> Config:
     """The configuration with the settings of a nested dict on top of the defaults; raises as `load_config`."""
     config = resolve(tree, Config)
-    if config.preset != "none":
-        config = resolve(under(tree, preset_settings(config)), Config)
+    for defaults in (preset_settings, graph_settings) if config.preset != "none" else ():
+        tree = under(tree, defaults(config))
+        config = resolve(tree, Config)
     if check:
         validate(config)
     return config

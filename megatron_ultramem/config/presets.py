@@ -1,8 +1,9 @@
 """Presets: a layer of defaults between those of `schema.py` and the file.
 
 `throughput` turns on what was measured to make training on GPUs faster without changing what is computed (beyond
-rounding); `tools/bench_training.py --ablate` measures each part. Settings it knows and leaves alone, because no
-measurement spoke for them, are named in ARCHITECTURE.md.
+rounding); `throughput_fp8` computes and reads in FP8 too, as far as `train.fp8` and `model.memory.table_read` go.
+`tools/bench_training.py --ablate` measures each part. Settings they know and leave alone, because no measurement spoke
+for them, are named in ARCHITECTURE.md.
 """
 
 from __future__ import annotations
@@ -14,28 +15,42 @@ from typing import Any
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate
 from megatron_ultramem.errors import ConfigError
+from megatron_ultramem.memory.geometry import parse_layers
 
 THROUGHPUT: dict[str, Any] = {
     "train.cross_entropy": "transformer_engine",
     "train.norms": "ultramem",
     "train.fused_weight_gradients": True,
 }
+FP8: dict[str, Any] = {"train.fp8.recipe": "tensorwise", "model.memory.table_read": "fp8"}  # goes with full graphs
 GRAPHS = "train.cuda_graphs"
 
 
 def preset_settings(config: Config) -> dict[str, Any]:
-    """What the preset of a configuration sets, by setting; the most of CUDA graphs that its other settings allow."""
+    """What the preset of a configuration sets, by setting, but `graph_settings`."""
     if config.preset == "none":
         return {}
-    return {GRAPHS: _most_graphs(config), **THROUGHPUT}
+    fp8 = FP8 if config.preset == "throughput_fp8" else {}
+    if not parse_layers(config.model.memory.layers, config.model.num_layers, "model.memory.layers"):
+        fp8 = {name: value for name, value in fp8.items() if not name.startswith("model.memory")}
+    return {**THROUGHPUT, **fp8}
+
+
+def graph_settings(config: Config) -> dict[str, Any]:
+    """The most of CUDA graphs that the settings allow, of which the preset's others are part by now."""
+    return {} if config.preset == "none" else {GRAPHS: _most_graphs(config)}
 
 
 def under(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """A copy of a nested dict of settings, with what it does not set taken from `defaults`."""
     merged = copy.deepcopy(tree)
     for name, value in defaults.items():
-        section, leaf = name.split(".")
-        merged[section] = {leaf: value, **(merged.get(section) or {})}
+        node = merged
+        *sections, leaf = name.split(".")
+        for section in sections:
+            node[section] = dict(node.get(section) or {})
+            node = node[section]
+        node.setdefault(leaf, value)
     return merged
 
 

@@ -1,5 +1,5 @@
-"""What FP8 asks of a model beyond Megatron's settings: the memory layers' projections, their recomputation, and drawing
-weights that exist in FP8 alone. Transformer Engine is imported where it is used."""
+"""What FP8 asks of a model beyond Megatron's settings: the memory layers' projections, their recomputation, weights
+under CUDA graphs, and drawing those that exist in FP8 alone. Transformer Engine is imported where it is used."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ def fp8_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
     recomputed: Tensor = checkpoint(function, *args, use_reentrant=False)
     return recomputed
+
+
+class StepWeights:
+    """The FP8 copies of a model's weights, which Transformer Engine makes in a step's first micro-batch, for a forward
+    that is recorded as a CUDA graph: in place, where the step before it left them, unless a flag on the device says no.
+
+    Made before the recording. What evaluation puts in their place afterwards is not what the graph knows, so they are
+    kept here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.set_skip_fp8_weight_update_tensor(False)
+        self._skip: Tensor = FP8GlobalStateManager.get_skip_fp8_weight_update_tensor()
+        copies = (copy for module in model.modules() for copy in getattr(module, "_fp8_workspaces", {}).values())
+        self._kept = [part for copy in copies for part in vars(copy).values() if isinstance(part, Tensor)]
+
+    def make(self, wanted: bool) -> None:
+        """Whether the next replay makes them or takes those of the one before."""
+        self._skip.fill_(not wanted)
 
 
 @contextmanager

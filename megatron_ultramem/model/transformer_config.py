@@ -107,8 +107,6 @@ def _fp8_settings(config: Config) -> dict[str, Any]:
         "fp8_amax_history_len": fp8.amax_history_len,
         "fp8_amax_compute_algo": fp8.amax_compute_algo,
         "fp8_param": fp8.param_gather,
-        # What a step's first micro-batch keeps for the others would be out of date in a recorded one.
-        "disable_parameter_transpose_cache": config.train.cuda_graphs == "full",
         "first_last_layers_bf16": fp8.first_last_layers_bf16,
         "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,

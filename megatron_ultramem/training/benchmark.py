@@ -20,7 +20,7 @@ from megatron_ultramem.training.setup import Run, set_batch_size, set_up
 from megatron_ultramem.training.time_split import time_split
 
 MICRO_BATCHES = 8  # per measured optimizer step
-MEASURED_STEPS = 5
+MEASURED_STEPS = 3
 
 
 def measure(config: Config, case: str, steps: int, *, whole: bool = True) -> list[Row]:

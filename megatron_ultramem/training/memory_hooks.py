@@ -45,7 +45,8 @@ class MemoryHooks:
         if cuda_graphs == "memory":
             self.graphs = MemoryGraphs(self.layers, self._gradients_ready)
         elif cuda_graphs == "full":
-            self.graphs = ModelGraph(ddp.module, self.layers, self.pools)
+            fp8 = config.train.fp8.recipe != "none"
+            self.graphs = ModelGraph(ddp.module, self.layers, self.pools, fp8=fp8)
         elif cuda_graphs == "layers":
             self.graphs = LayerGraphs(ddp, config.data.sequence_length, config.train.micro_batch_size)
 

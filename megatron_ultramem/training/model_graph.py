@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron_ultramem.memory.base import MemoryLayer
 from megatron_ultramem.memory.tables import ValuePool
+from megatron_ultramem.model.fp8 import StepWeights
 from megatron_ultramem.training.graph_recording import Counted, add_gradients, leaves_of, recording, remember
 
 
@@ -31,13 +32,16 @@ class ModelGraph:
     Args:
         model: takes `input_ids`, `position_ids`, `labels` [b, s] and `attention_mask` None; gives losses [b, s].
         layers, pools: its memory layers and value pools.
+        fp8: its linears compute in FP8; their weights are made FP8 in a step's first micro-batch alone.
 
     Attributes:
         recorded: whether micro-batches run as graphs.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[MemoryLayer], pools: Sequence[ValuePool]) -> None:
-        self._model, self._layers, self._pools = model, layers, pools
+    def __init__(
+        self, model: nn.Module, layers: Sequence[MemoryLayer], pools: Sequence[ValuePool], *, fp8: bool = False
+    ) -> None:
+        self._model, self._layers, self._pools, self._fp8 = model, layers, pools, fp8
         self._params = {
             name: param
             for name, param in model.named_parameters()
@@ -46,14 +50,16 @@ class ModelGraph:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._inputs: dict[str, Tensor] = {}  # static, once a micro-batch was seen
         self._shown = self._released = False
+        self._weights: StepWeights | None = None
         self.recorded = False
 
     def begin_step(self) -> None:
         """Records the graphs once a micro-batch has run without them."""
-        self._shown = False
+        self._shown, self._first = False, True
         if self.recorded or not self._inputs:
             return
         self._settle()
+        self._weights = StepWeights(self._model) if self._fp8 else None
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self._record_forward(stream, pool)
         self._record_backward(stream, pool)
@@ -64,7 +70,7 @@ class ModelGraph:
         """Gives the graphs back; the model runs without."""
         self._forward.reset()
         self._backward.reset()
-        self._inputs, self.recorded, self._released = {}, False, True
+        self._inputs, self._weights, self.recorded, self._released = {}, None, False, True
 
     def takes(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether `run` may stand in for the model on this micro-batch; without graphs, remembers what it is like."""
@@ -122,6 +128,9 @@ class ModelGraph:
     def replay_forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         for name, value in inputs.items():
             self._inputs[name].copy_(value)
+        if self._weights is not None:
+            self._weights.make(self._first)
+        self._first = False
         self._forward.replay()
         self._forward_traffic.repeat()
         return self._output.detach()

@@ -45,10 +45,25 @@ def wrap_chunks(
     wrapped, hooks = [], []
     for number, chunk in enumerate(chunks):
         module: torch.nn.Module = Float16Module(megatron_config, chunk) if megatron_config.bf16 else chunk
-        ddp = DistributedDataParallel(megatron_config, ddp_config, module, disable_bucketing=number > 0)
+        with _stream_of_ddp(config):
+            ddp = DistributedDataParallel(megatron_config, ddp_config, module, disable_bucketing=number > 0)
         wrapped.append(ddp)
         hooks.append(MemoryHooks(ddp, chunk, config))
     return wrapped, hooks
+
+
+@contextmanager
+def _stream_of_ddp(config: Config) -> Iterator[None]:
+    """DDP ties the parameters' gradient nodes to the stream that it is built on. Where Megatron records layers with
+    these nodes, that must not be the default stream, which cannot be recorded."""
+    if config.train.cuda_graphs != "layers":
+        yield
+        return
+    stream, outer = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)
 
 
 @contextmanager

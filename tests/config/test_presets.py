@@ -14,7 +14,8 @@ from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.inference.settings import inference_config
 from megatron_ultramem.platform import Platform, resolve_backend
 
-PRESET = "preset=throughput"
+PRESET, FP8_PRESET = "preset=throughput", "preset=throughput_fp8"
+FP8_SIZES: list[str] = []
 
 
 def test_a_preset_sets_what_is_not_set_and_nothing_else(tmp_path: Path) -> None:
@@ -28,6 +29,32 @@ def test_a_preset_sets_what_is_not_set_and_nothing_else(tmp_path: Path) -> None:
         "train.cuda_graphs": "full",
         "train.fused_weight_gradients": True,
     }
+
+
+def test_the_preset_for_fp8_is_that_for_throughput_in_fp8() -> None:
+    fast = {name: value for name, value, _ in walk(load_config(None, [PRESET]))}
+    fp8 = {name: value for name, value, _ in walk(load_config(None, [FP8_PRESET, *FP8_SIZES]))}
+    sizes = {size.split("=")[0] for size in FP8_SIZES}
+    assert {name: value for name, value in fp8.items() if value != fast[name] and name not in sizes} == {
+        "preset": "throughput_fp8",
+        "train.fp8.recipe": "tensorwise",
+        "model.memory.table_read": "fp8",
+    }
+
+
+def test_the_preset_for_fp8_leaves_what_is_set_and_what_is_not_there() -> None:
+    assert load_config(None, [FP8_PRESET, *FP8_SIZES, "train.fp8.recipe=blockwise"]).train.fp8.recipe == "blockwise"
+    kept = load_config(None, [FP8_PRESET, "train.fp8.recipe=none"])
+    assert (kept.train.fp8.recipe, kept.model.memory.table_read, kept.train.cuda_graphs) == ("none", "fp8", "full")
+    delayed = load_config(None, [FP8_PRESET, *FP8_SIZES, "train.fp8.recipe=delayed"])
+    assert delayed.train.cuda_graphs == "none"
+    dense = load_config(None, [FP8_PRESET, *FP8_SIZES, "model.memory.layers=none"])
+    assert (dense.train.fp8.recipe, dense.model.memory.table_read) == ("tensorwise", "params")
+
+
+def test_sizes_that_fp8_cannot_take_are_named_under_the_preset_too() -> None:
+    with pytest.raises(ConfigError, match=r"queries of a memory layer = \d+ .* not a multiple of 16"):
+        load_config(None, [FP8_PRESET, *FP8_SIZES, "model.memory.key_dim=6"])
 
 
 @pytest.mark.parametrize(

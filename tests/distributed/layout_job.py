@@ -46,13 +46,20 @@ def gradients(run: Run) -> Shards:
     """Shards of the reduced gradients, as this rank would save parameters."""
     if run.config.parallel.distributed_optimizer:
         _gather_gradient_buffers(run)
-    params = [param for chunk in run.model for param in chunk.parameters()]
-    weights = [param.data for param in params]
-    for param in params:
-        param.data = param.main_grad.clone()
+    # Other parameters in their place, and not only other numbers: given numbers of another dtype, a parameter gets a
+    # new gradient node, without DDP's hook.
+    places = [
+        (module, name, param)
+        for chunk in run.model
+        for module in chunk.modules()
+        for name, param in module.named_parameters(recurse=False)
+    ]
+    for module, name, param in places:
+        module._parameters[name] = torch.nn.Parameter(param.main_grad.clone())
+        vars(module._parameters[name]).update(vars(param))
     found = shards(run)
-    for param, weight in zip(params, weights, strict=True):
-        param.data = weight
+    for module, name, param in places:
+        module._parameters[name] = param
     return found
 
 

@@ -8,7 +8,9 @@ import torch
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.model.build import memory_layers
-from megatron_ultramem.training.loop import evaluate, train_step
+from megatron_ultramem.training.loop import evaluate, micro_batches, train_step
+from megatron_ultramem.training.measure import ready
+from megatron_ultramem.training.memory_hooks import model_graph
 from megatron_ultramem.training.setup import set_up
 
 
@@ -50,3 +52,28 @@ def fp8_job(overrides: list[str], steps: int, saves: tuple[int, ...] = ()) -> di
         for name, param in chunk.named_parameters()
     }
     return result
+
+
+def losses_around_a_change(overrides: list[str]) -> list[float]:
+    """The losses of three micro-batches of the same data with the whole model as CUDA graphs: the first two of one
+    step, with all attention outputs' weights set to zero between them, and the first of the next step."""
+    run = set_up(load_config(None, overrides))
+    for _ in range(2):
+        train_step(run)
+    graph = model_graph(run.memory_hooks)
+    assert graph is not None and graph.recorded
+    batch = next(micro_batches(run.train_data, 0, 1))
+    names = {"input_ids": "tokens", "position_ids": "position_ids", "labels": "labels"}
+    inputs = {name: batch[key].to(run.platform.device) for name, key in names.items()}
+
+    def loss() -> float:
+        return float(graph.run(inputs).float().mean())
+
+    ready(run)
+    losses = [loss()]
+    with torch.no_grad():
+        for layer in run.model[0].decoder.layers:
+            layer.self_attention.linear_proj.weight.zero_()
+    losses.append(loss())
+    ready(run)
+    return [*losses, loss()]

@@ -13,7 +13,7 @@ from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.test_layouts import MODELS, TP2
 from tests.distributed.test_memory_parallel import COLUMNS, P2
 from tests.distributed.workers import WorkerPool
-from tests.gpu.fp8_job import fp8_job
+from tests.gpu.fp8_job import fp8_job, losses_around_a_change
 from tests.gpu.test_training import BF16, LOCAL, TE, WIDE, two_gpus
 
 pytestmark = [
@@ -140,6 +140,15 @@ def test_recorded_lookups_read_what_each_step_makes_of_the_tables(run: Any, grap
     plain, recorded = run(TE, FP8_TABLES), run(TE, FP8_TABLES, f"train.cuda_graphs={graphs}")
     assert recorded["losses"] == plain["losses"]
     assert recorded["valid_loss"] == plain["valid_loss"]
+
+
+@pytest.mark.parametrize("recipe", ["none", "tensorwise", pytest.param("blockwise", marks=pytest.mark.slow)])
+def test_recorded_weights_become_fp8_once_a_step(gpus: WorkerPool, small_run: list[str], recipe: str) -> None:  # noqa: F811
+    settings = [*small_run, *MODEL, TE, f"train.fp8.recipe={recipe}", "train.cuda_graphs=full"]
+    (found,) = gpus.run(1, losses_around_a_change, settings)
+    first, changed, next_step = found
+    assert (changed == first) == (recipe != "none")  # bf16 weights are read where they lie
+    assert next_step != first
 
 
 @two_gpus

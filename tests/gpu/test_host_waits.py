@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ultramem.config import load_config
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
-from tests.distributed.test_layouts import MODELS
+from tests.distributed.test_memory_parallel import MODELS
 from tests.distributed.workers import WorkerPool
 from tests.gpu.test_training import BF16, TE, WIDE
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ultramem.errors import ConfigError
 from tests.distributed.conftest import corpus  # noqa: F401
 from tests.tools.scripts import script
 from tests.tools.test_check_plan import RECIPE, ROOT
@@ -55,6 +56,24 @@ def test_an_ablation_takes_one_setting_of_the_preset_back_at_a_time(recipe: Path
         assert config.train.seed == 7 and not whole
         assert getattr(config.train, name) == getattr(plain, name)
         assert all(getattr(config.train, other) == getattr(all_of_it, other) for other in names if other != name)
+
+
+def test_settings_may_be_named_for_an_ablation(tmp_path: Path) -> None:
+    tool = script("bench_training")
+    config = str(ROOT / "benchmarks" / "configs" / "ultramemv2_1b_7b_cut.yaml")
+    options = ["--config", config, "--presets=throughput_fp8", "--ablate"]
+    cases = [
+        case for case, *_ in tool.cases(tool.parse([*options, "--ablated=train.fp8.recipe,model.memory.table_read"]))
+    ]
+    assert [case.split("/")[1] for case in cases] == [
+        "throughput_fp8",
+        "throughput_fp8-fp8.recipe",
+        "throughput_fp8-memory.table_read",
+    ]
+    with pytest.raises(
+        ConfigError, match="--ablated train.seed: legal with preset = throughput_fp8: train.cuda_graphs"
+    ):
+        tool.cases(tool.parse([*options, "--ablated=train.seed"]))
 
 
 def test_a_preset_for_gpus_is_refused_without_one(recipe: Path, tmp_path: Path) -> None:
