@@ -81,20 +81,23 @@ def cases(args: argparse.Namespace) -> list[tuple[str, Config, int, bool]]:
         config = _load(args, args.steps, f"preset={preset}")
         found.append((args.case or f"{args.config.stem}/{preset}", config, args.steps, True))
     plain = {name: value for name, value, _ in walk(Config())}
-    for preset in presets if args.ablate else ():
-        for name in _ablated(args, preset):
-            config = _load(args, ABLATION_STEPS, f"preset={preset}", f"{name}={str(plain[name]).lower()}")
-            found.append((f"{args.config.stem}/{preset}-{name.split('.', 1)[1]}", config, ABLATION_STEPS, False))
+    for preset, name in _ablations(args, presets):
+        config = _load(args, ABLATION_STEPS, f"preset={preset}", f"{name}={str(plain[name]).lower()}")
+        found.append((f"{args.config.stem}/{preset}-{name.split('.', 1)[1]}", config, ABLATION_STEPS, False))
     return found
 
 
-def _ablated(args: argparse.Namespace, preset: str) -> list[str]:
-    config = _load(args, ABLATION_STEPS, f"preset={preset}")
-    settings = [*graph_settings(config), *preset_settings(config)]
-    wanted = args.ablated.split(",") if args.ablated else settings
-    if unknown := [name for name in wanted if name not in settings]:
-        raise ConfigError(f"--ablated {unknown[0]}: legal with preset = {preset}: {', '.join(settings) or 'none'}")
-    return wanted
+def _ablations(args: argparse.Namespace, presets: list[str]) -> list[tuple[str, str]]:
+    """Presets, each with a setting to be taken back."""
+    if not args.ablate:
+        return []
+    loaded = {preset: _load(args, ABLATION_STEPS, f"preset={preset}") for preset in presets}
+    parts = {preset: [*graph_settings(config), *preset_settings(config)] for preset, config in loaded.items()}
+    legal = list(dict.fromkeys(name for names in parts.values() for name in names))
+    wanted = args.ablated.split(",") if args.ablated else legal
+    if unknown := [name for name in wanted if name not in legal]:
+        raise ConfigError(f"--ablated {unknown[0]}: legal: {', '.join(legal) or 'a preset other than none'}")
+    return [(preset, name) for preset, names in parts.items() for name in names if name in wanted]
 
 
 def _load(args: argparse.Namespace, steps: int, *more: str) -> Config:
