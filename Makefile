@@ -9,8 +9,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARED := $(if $(JOBS),-n $(JOBS) --dist loadfile)
+# A process of the GPU tests takes a core and up to 2 GiB of a GPU.
+GPU_JOBS := $(or $(JOBS),$(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 16 ? 12 : (3 * n + 3) / 4))))
 
-.PHONY: quickstart test test-all lint bench clean
+.PHONY: quickstart test test-all test-gpu lint bench clean
 
 quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
@@ -21,6 +23,11 @@ test: $(if $(MEGATRON),$(READY),lint)
 # The slow part too.
 test-all: $(if $(MEGATRON),$(READY),lint)
 	$(BIN)/python -m pytest -m "not gpu" $(SHARED)
+
+# On GPUs, in the environment that holds Transformer Engine (PYTHON); tests of two GPUs are skipped where there is one.
+test-gpu:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -m gpu \
+		-n $(GPU_JOBS) --dist loadgroup tests/gpu tests/kernels tests/memory tests/training
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The last collective of this process, from PyTorch's flight recorder, which NCCL and (in newer versions) gloo feed."""
+"""The last collective of this process, from PyTorch's flight recorders: NCCL has one, and gloo in newer versions."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def limit_buffer() -> None:
 
 def last_collective() -> Collective | None:
     """None where there was none yet, or this torch does not record them."""
-    entries = trace().get("entries") or []
+    entries = [entry for recorder in traces().values() for entry in recorder.get("entries") or []]
     if not entries:
         return None
-    last = max(entries, key=lambda entry: entry["record_id"])
+    last = max(entries, key=lambda entry: entry["time_created_ns"])
     group = last["process_group"]
     return Collective(
         last["profiling_name"],
@@ -44,12 +44,13 @@ def last_collective() -> Collective | None:
     )
 
 
-def trace() -> dict:
-    """Everything that is recorded; empty where this torch does not record."""
+def traces() -> dict[str, dict]:
+    """Everything that the recorders hold, `nccl` and `others`; without those that this torch does not have."""
     import torch._C._distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
-    if dump is None:
-        return {}
-    content: dict = json.loads(dump(includeCollectives=True, onlyActive=False) or "{}")
-    return content
+    dumps = {"nccl": getattr(c10d, "_dump_nccl_trace_json", None), "others": getattr(c10d, "_dump_fr_trace_json", None)}
+    return {
+        name: json.loads(dump(includeCollectives=True, onlyActive=False) or "{}")
+        for name, dump in dumps.items()
+        if dump is not None
+    }

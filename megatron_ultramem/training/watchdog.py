@@ -241,7 +241,7 @@ class Watchdog:
             folder.mkdir(exist_ok=True)
             with (folder / f"{name}.stacks").open("w") as file:
                 faulthandler.dump_traceback(file)
-            (folder / f"{name}.collectives.json").write_text(json.dumps(flight_recorder.trace(), indent=1))
+            (folder / f"{name}.collectives.json").write_text(json.dumps(flight_recorder.traces(), indent=1))
         except OSError as error:
             self._say(f"stacks and collectives cannot be written: {error}")
 

@@ -74,7 +74,8 @@ def test_a_fault_ends_the_run_and_is_reported(small_run: list[str], tmp_path: Pa
         assert re.search(rf"; in gloo:\w+ \d+ of \S+ wait ranks {other}$", found["text"]), found["text"]
         stacks = tmp_path / "faults" / f"restart_0_rank_{rank:05d}.stacks"
         assert "fault_job.py" in stacks.read_text()
-        assert json.loads(stacks.with_suffix(".collectives.json").read_text())["entries"]
+        recorders = json.loads(stacks.with_suffix(".collectives.json").read_text())
+        assert any(recorder.get("entries") for recorder in recorders.values())
     if fault != "killed":
         assert f"exitcode  : {EXIT_CODE} " in result.stderr  # torchrun's table
 

@@ -26,17 +26,17 @@ class JobFailed(AssertionError):
 
 
 class WorkerPool:
-    """`size` spawned processes, each with one thread. A job that takes longer than `timeout` seconds fails; shortly
-    before, each of its ranks prints where it is."""
+    """Up to `size` spawned processes of one thread, started when a job first needs them. A job that takes longer than
+    `timeout` seconds fails; shortly before, each of its ranks prints where it is."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
         self._size, self._timeout = size, timeout
         self._workers: list[tuple[Any, Connection]] = []
-        self._start()
 
     def run(self, ranks: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Results of `job(*args, **kwargs)` on `ranks` ranks; raises JobFailed with the tracebacks of those that failed
-        (the next job gets new processes if some did not answer)."""
+        (the next job gets new processes then)."""
+        self._start(ranks)
         # As torchrun does: a rank that bound a port found free before could find it taken by another test run.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self._workers[:ranks]):
@@ -51,20 +51,16 @@ class WorkerPool:
             }
             pipe.send((environment, job, args, kwargs))
         answers: list[tuple[bool, Any]] = []
-        silent = False
         for _, pipe in self._workers[:ranks]:
             # Once a rank has failed, the others may wait for it for ever.
             patience = self._timeout if all(ok for ok, _ in answers) else GRACE
-            if pipe.poll(patience):
-                answers.append(pipe.recv())
-            else:
-                answers.append((False, f"did not answer within {patience:.0f} s"))
-                silent = True
-        if silent:
-            self.close(kill=True)
-            self._start()
+            try:
+                answers.append(pipe.recv() if pipe.poll(patience) else (False, f"no answer within {patience:.0f} s"))
+            except EOFError:
+                answers.append((False, "ended without an answer"))
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failed:
+            self.close(kill=True)
             raise JobFailed("\n".join(failed))
         return [result for _, result in answers]
 
@@ -73,12 +69,14 @@ class WorkerPool:
             if kill:
                 process.kill()
             pipe.close()
+        for process, _ in self._workers:
             process.join(10)
         self._workers = []
 
-    def _start(self) -> None:
+    def _start(self, ranks: int) -> None:
+        assert ranks <= self._size, f"{ranks} ranks of a pool of {self._size}"
         context = multiprocessing.get_context("spawn")
-        for rank in range(self._size):
+        for rank in range(len(self._workers), ranks):
             ours, theirs = context.Pipe()
             # Not daemons: checkpoint writers start processes of their own.
             process = context.Process(target=_serve, args=(theirs, rank, 0.9 * self._timeout))
@@ -114,14 +112,15 @@ def _serve(pipe: Connection, rank: int, patience: float) -> None:
         os.environ.update(environment)
         faulthandler.dump_traceback_later(patience)
         try:
-            answer = (True, job(*args, **kwargs))
+            answer = job(*args, **kwargs)
         except BaseException:
-            answer = (False, traceback.format_exc())
+            pipe.send((False, traceback.format_exc()))
+            return  # what the job left behind, CUDA errors for one, must not reach another
         destroy_distributed()
         _let_go_of_models()
         faulthandler.cancel_dump_traceback_later()
         torch.use_deterministic_algorithms(False)
-        pipe.send(answer)
+        pipe.send((True, answer))
 
 
 def _let_go_of_models() -> None:
@@ -130,9 +129,12 @@ def _let_go_of_models() -> None:
     threads with them."""
     import gc
 
+    import torch
     from megatron.core.distributed import DistributedDataParallel
 
     for ddp in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
         ddp.grad_accs.clear()
         ddp.config.grad_scale_func = ddp.config.no_sync_func = None  # methods of the optimizer and of the DDP
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes use the same GPU

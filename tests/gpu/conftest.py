@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.distributed.workers import WorkerPool
 
@@ -17,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[WorkerPool]:
-    """One process for each of two GPUs, or for the only one."""
-    workers = WorkerPool(min(2, torch.cuda.device_count()), timeout=100)
+    """A process for each of two GPUs, where a test asks for two."""
+    workers = WorkerPool(2, timeout=150)
     yield workers
     workers.close()

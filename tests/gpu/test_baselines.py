@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.layout_job import train_job
 from tests.distributed.test_baselines import COLUMNS, KINDS, P2, ROWS
 from tests.distributed.test_moe import MODELS as MOE
 from tests.distributed.workers import WorkerPool
-from tests.gpu.test_training import BF16, LOCAL, STEPS, TE, WIDE
+from tests.gpu.test_training import BF16, LOCAL, STEPS, TE, WIDE, two_gpus
 
 pytestmark = pytest.mark.gpu
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 LAYERS = ("ultramem", "memory_plus", "pkm", "peer")
 
 

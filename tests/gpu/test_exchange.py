@@ -12,7 +12,7 @@ from tests.distributed.exchange_job import Case, exchange_jobs_on_gpus
 from tests.distributed.test_exchange import CASES, assert_equals_whole
 from tests.distributed.workers import WorkerPool
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus]
 
 
 def on_gpus() -> dict[str, Case]:

@@ -22,11 +22,12 @@ def collectives_of_a_step(overrides: list[str]) -> tuple[str, set[str]]:
     run = set_up(load_config(None, overrides))
     train_step(run)
     torch.cuda.synchronize()
-    entries = flight_recorder.trace()["entries"]
+    entries = flight_recorder.traces()["nccl"]["entries"]
     return str(flight_recorder.last_collective()), {entry["profiling_name"] for entry in entries}
 
 
-def test_collectives_of_nccl_are_recorded(gpus: WorkerPool, small_run: list[str]) -> None:  # noqa: F811
-    for last, names in gpus.run(min(2, torch.cuda.device_count()), collectives_of_a_step, small_run):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.two_gpus)])
+def test_collectives_of_nccl_are_recorded(gpus: WorkerPool, small_run: list[str], ranks: int) -> None:  # noqa: F811
+    for last, names in gpus.run(ranks, collectives_of_a_step, small_run):
         assert re.fullmatch(r"(nccl|gloo):\w+ \d+ of .+", last), last
         assert any(name.startswith("nccl:") for name in names), names

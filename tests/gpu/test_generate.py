@@ -68,7 +68,7 @@ def test_both_back_ends_write_the_same(gpus: WorkerPool, folder: Path) -> None:
     assert local["sampled"] == te["sampled"]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("backend", ["local", "transformer_engine"])
 def test_two_gpus_write_what_one_does(gpus: WorkerPool, folder: Path, backend: str) -> None:
     settings = [f"model.backend={backend}", "train.precision=fp32"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC
 from tests.distributed.workers import WorkerPool
 from tests.gpu.graph_job import graph_job, refused_recording
 from tests.gpu.test_memory_parallel import BESIDE_FFN
-from tests.gpu.test_training import BF16, TE, WIDE
+from tests.gpu.test_training import BF16, TE, WIDE, two_gpus
 
 pytestmark = pytest.mark.gpu
 MEMORY, FULL, LAYERS = (f"train.cuda_graphs={graphs}" for graphs in ("memory", "full", "layers"))
@@ -39,15 +38,15 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=two_gpus if ranks == 2 else ()) for case, (ranks, *_) in SETTINGS.items()]
+)
 def test_training_with_graphs_equals_training_without(
     gpus: WorkerPool,
     small_run: list[str],  # noqa: F811
     case: str,
 ) -> None:
     ranks, graphs, more = SETTINGS[case]
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
     settings = [*small_run, *MODELS["ring"], *WIDE, TE, BF16, "train.deterministic=true", *more]
     expected = gpus.run(ranks, graph_job, settings, STEPS)
     for found, wanted in zip(gpus.run(ranks, graph_job, [*settings, graphs], STEPS), expected, strict=True):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.layout_job import assemble, assert_same, train_job
@@ -26,7 +25,7 @@ from tests.distributed.test_memory_parallel import (
 from tests.distributed.workers import WorkerPool
 from tests.gpu.test_training import BF16, LOCAL, TE, WIDE
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus]
 
 BESIDE_FFN = "parallel.overlap_exchange=true"
 GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP

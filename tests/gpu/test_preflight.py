@@ -17,12 +17,11 @@ from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.workers import WorkerPool
 
 pytestmark = pytest.mark.gpu
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[WorkerPool]:
-    workers = WorkerPool(min(2, torch.cuda.device_count()))
+    workers = WorkerPool(2)
     yield workers
     workers.close()
 
@@ -32,7 +31,8 @@ def check(settings: list[str]) -> tuple[list[RankReport], list[str]]:
     return reports, [str(problem) for problem in problems]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two_gpus)])
+@pytest.mark.alone
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.two_gpus)])
 def test_healthy_gpus_are_found_healthy(
     gpus: WorkerPool,
     small_run: list[str],  # noqa: F811

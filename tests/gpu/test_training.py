@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.layout_job import assemble, train_job
@@ -16,7 +17,7 @@ from tests.distributed.test_layouts import INTERLEAVED, MODELS, OVERLAP, PLAIN, 
 from tests.distributed.workers import WorkerPool
 
 pytestmark = pytest.mark.gpu
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+two_gpus = pytest.mark.two_gpus
 TE, BF16 = "model.backend=transformer_engine", "train.precision=bf16"
 LOCAL = "model.backend=local"
 # Widths that flash attention takes.
@@ -121,11 +122,11 @@ def test_deterministic_training_repeats_bitwise(gpus: WorkerPool, small_run: lis
 
 
 def test_quickstart_trains_and_generates(tmp_path: Path) -> None:
-    import subprocess
-
     root = Path(__file__).resolve().parents[2]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # it takes two where it sees them
     done = subprocess.run(
         [sys.executable, "tools/quickstart.py", f"train.run_dir={tmp_path}/run", f"data.paths=[{tmp_path}/data]",
-         "train.steps=150", "train.eval_interval=0"], cwd=root, capture_output=True, text=True)  # fmt: skip
+         "train.steps=150", "train.eval_interval=0"], cwd=root, capture_output=True, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": first})  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "on cuda" in done.stdout

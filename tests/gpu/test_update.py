@@ -11,7 +11,7 @@ from megatron_ultramem.training.update import gradient_norm, update
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.workers import WorkerPool
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.large]
 LAST = 2**20  # elements
 # One table of 2 * 4100**2 rows of 64 values, and one of 2 numbers a row: 18 bytes for each make 40 GB.
 HUGE = ["model.num_layers=2", "model.memory.sharing=block", "model.memory.share_size=2", "model.memory.num_keys=4100"]

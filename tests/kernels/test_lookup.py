@@ -181,6 +181,7 @@ def test_rows_beyond_2_to_the_31_elements_are_addressed(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_table_of_more_than_2_to_the_31_elements_is_read_and_written_at_its_end(backend):
     N, D = 2**31 // 16 + 64, 16

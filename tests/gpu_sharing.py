@@ -1,0 +1,90 @@
+"""How tests share GPUs when pytest-xdist runs several at once (`make test-gpu`): which stay in one process, which GPU a
+process takes first, and who waits for whom."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = "PYTEST_XDIST_WORKER"  # gw0, gw1, ... in the processes of pytest-xdist
+GROUPS = pytest.StashKey[Path]()  # the file in which they tell their parent the groups of tests
+
+
+def prepare_process() -> None:
+    """One of several processes: one thread each, and every one begins to count the GPUs at another one."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [gpu for gpu in visible.split(",") if gpu]
+    if gpus:
+        first = int(os.environ[WORKER].removeprefix("gw")) % len(gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
+
+
+def group_of(item: pytest.Item) -> str | None:
+    """Tests of one group run in one process, one after the other: those of two GPUs, because collectives of several
+    runs on the same GPUs wait for each other's time slices; those that take much memory; and those of a file that
+    share what a fixture computes once for it. None: a test that may run anywhere."""
+    for marker in ("two_gpus", "large"):
+        if item.get_closest_marker(marker):
+            return marker
+    found = getattr(item, "_fixtureinfo", None)
+    fixtures = found.name2fixturedefs.values() if found else ()
+    shared = any(definition.scope == "module" for definitions in fixtures for definition in definitions)
+    return item.path.stem if shared else None
+
+
+def tell_groups(items: Sequence[pytest.Item], path: Path) -> None:
+    """Writes the group of each test; processes that write at the same time write the same."""
+    groups = {item.nodeid: group for item in items if (group := group_of(item))}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(groups, file)
+    os.replace(file.name, path)
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist: deals groups, the largest first, then single tests. Its own `loadgroup` reads groups from the
+    names of tests, which it cannot change under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def schedule(self) -> None:
+            self.groups = json.loads(config.stash[GROUPS].read_text())
+            super().schedule()
+
+        def _split_scope(self, nodeid: str) -> str:
+            return str(self.groups.get(nodeid, nodeid))
+
+    return Groups(config, log)
+
+
+@contextmanager
+def in_turn(*, alone: bool) -> Iterator[None]:
+    """Many at a time, over all processes of this user on this machine; or, `alone`, none beside this one. Who wants to
+    be alone keeps the gate shut while those inside finish."""
+    with ExitStack() as gate, ExitStack() as room:
+        gate.enter_context(_locked("gate", fcntl.LOCK_EX))
+        room.enter_context(_locked("room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        if not alone:
+            gate.close()
+        yield
+
+
+@contextmanager
+def _locked(name: str, how: int) -> Iterator[None]:
+    path = Path(tempfile.gettempdir()) / f"ultramem_gpu_tests_{os.getuid()}_{name}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # not left to closing: a child may have inherited the file
