@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from ultramem_kernels.settings import settings
 from ultramem_kernels.tiles import next_power_of_two
 from ultramem_kernels.timing import eager_ms
 
-VERSION = 2  # of the implementations: raise it when timings of old ones no longer hold
+VERSION = 1  # of the implementations: raise it when timings of old ones no longer hold
 WARM_UP, REPEATS = 2, 5
 
 
@@ -48,12 +48,10 @@ class Tuner:
         names: Sequence[str],
         run: Callable[[str], object],
         measure: bool,
-        handicaps: Mapping[str, float] | None = None,
     ) -> str:
         """The name among `names` to run: the fastest known; else, with `measure`, the fastest now; else the first.
 
-        `run(name)` must compute with the implementation `name` and leave nothing behind. `handicaps`: by name, what its
-        time is multiplied with.
+        `run(name)` must compute with the implementation `name` and leave nothing behind.
         """
         seen = self._seen.get((operation, *shape))
         if seen is not None:
@@ -67,7 +65,7 @@ class Tuner:
         if not measure:
             return names[0]
         times = {name: self._time_ms(lambda name=name: run(name)) for name in names}  # type: ignore[misc]
-        best = min(names, key=lambda name: times[name] * (handicaps or {}).get(name, 1.0))
+        best = min(names, key=times.__getitem__)
         self._chosen = {**_read(self.path), **self._chosen, key: best}  # other processes may have written meanwhile
         _write(self.path, self._chosen)
         return self._seen.setdefault((operation, *shape), best)
@@ -77,12 +75,7 @@ _tuners: dict[tuple[torch.device, Path | None], Tuner] = {}
 
 
 def choose(
-    device: torch.device,
-    operation: str,
-    shape: tuple[object, ...],
-    names: Sequence[str],
-    run: Callable[[str], object],
-    handicaps: Mapping[str, float] | None = None,
+    device: torch.device, operation: str, shape: tuple[object, ...], names: Sequence[str], run: Callable[[str], object]
 ) -> str:
     """`Tuner.choose` of the device, within what `configure` allows."""
     key = device, settings.cache_folder
@@ -90,7 +83,7 @@ def choose(
     if tuner is None:
         tuner = _tuners[key] = Tuner(settings.folder() / file_name(device), _time_ms)
     measure = settings.autotune and not torch.cuda.is_current_stream_capturing()
-    return tuner.choose(operation, shape, names, run, measure, handicaps)
+    return tuner.choose(operation, shape, names, run, measure)
 
 
 def _time_ms(call: Callable[[], object]) -> float:

@@ -45,13 +45,6 @@ def test_without_measuring_an_unknown_shape_gets_the_first_and_a_known_one_its_c
     assert choose(path, clock, measure=False) == "b" and len(clock.ran) == 2
 
 
-def test_a_handicap_must_be_outrun(tmp_path: Path) -> None:
-    clock = Clock()
-    tuner = tuning.Tuner(tmp_path / "file.json", clock.time_ms)
-    assert tuner.choose("op", (1,), NAMES, clock.run, True, {"b": 1.9}) == "b"
-    assert tuner.choose("op", (2,), NAMES, clock.run, True, {"b": 2.1}) == "a"
-
-
 @pytest.mark.parametrize("content", ["", "[1]", '{"op 1 2": "gone"}'], ids=["empty", "list", "unknown name"])
 def test_a_file_that_does_not_help_is_replaced(tmp_path: Path, content: str) -> None:
     path = tmp_path / "file.json"

@@ -23,9 +23,6 @@ from ultramem_kernels.lookup.table_gradients import add_by_reference, add_sorted
 # the CUDA kernels never use them: autotuning sees the rows of a first step, spread evenly, where atomics may win by
 # little; in training many tokens want the same rows, and atomics on those wait for each other.
 ATOMIC_BELOW = 1 << 16
-# By how much atomics must be faster to be chosen: they slow down where many tokens pick the same rows, which those that
-# are timed, of the first step, may not do yet. Sorted segments get faster then.
-ATOMIC_HANDICAP = {"atomic": 1.25}
 
 
 class Options(NamedTuple):
@@ -179,7 +176,7 @@ def run_lookup_backward(
         # A gradient of zeros leaves the tables' gradients as they are.
         how = tuning.choose(
             indices.device, "lookup_backward", _tuning_shape(chosen, indices, w, v, p), names,
-            lambda name: run(name, torch.zeros_like(grad)), ATOMIC_HANDICAP,
+            lambda name: run(name, torch.zeros_like(grad)),
         )  # fmt: skip
     d_input, d_weights = run(how)
     return _or_empty(d_input, indices), _or_empty(d_weights, indices)
