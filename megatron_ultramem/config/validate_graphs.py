@@ -8,7 +8,7 @@ from megatron_ultramem.memory.geometry import parse_layers
 from megatron_ultramem.memory.kinds import tucker_penalty
 from megatron_ultramem.parallel.cost_model import choose, rows_hold_all
 
-KINDS = ("ultramem_v2",)
+KINDS_BY_LAYER = ("ultramem_v2",)  # whose graphs of memory layers alone were run
 Rule = tuple[str, object, tuple[object, ...]]  # setting, its value, legal ones
 PLACEMENTS = ("replicated", "columns", "rows")  # whose exchanges have static sizes, or can
 
@@ -30,10 +30,12 @@ def validate_cuda_graphs(config: Config) -> None:
     if train.cuda_graphs == "memory":
         if not has_memory:
             raise _refusal(config, "model.memory.layers", m.memory.layers, "at least one layer", "none")
-        rules.append(("train.recompute", train.recompute, ("none", "selective")))
+        rules += [
+            ("train.recompute", train.recompute, ("none", "selective")),
+            ("model.memory.kind", m.memory.kind, KINDS_BY_LAYER),
+        ]
     if has_memory:
         rules += [
-            ("model.memory.kind", m.memory.kind, KINDS),
             ("model.memory.recompute", m.memory.recompute, (False,)),
             ("parallel.memory_placement", choose(config).placement, PLACEMENTS),
         ]

@@ -40,6 +40,13 @@ def best_pairs(k: int, m: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return rows, columns
 
 
+@functools.cache
+def _best_pairs_on(k: int, m: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`best_pairs` on a device, where it stays: a CUDA graph cannot record a copy from pageable memory."""
+    rows, columns = (torch.tensor(ranks, device=device) for ranks in best_pairs(k, m))
+    return rows, columns
+
+
 @torch.no_grad()
 def select_pairs(
     query_HSRTD: torch.Tensor, key_HSRND: torch.Tensor, k: int, m: int
@@ -47,7 +54,7 @@ def select_pairs(
     """Keys [H, S, T, M] (int64) of the m best pairs, best first, and their side scores [H, S, R, T, M]."""
     H, S, R, T, _ = query_HSRTD.shape
     device = query_HSRTD.device
-    rows, columns = (torch.tensor(ranks, device=device) for ranks in best_pairs(k, m))
+    rows, columns = _best_pairs_on(k, m, device)
     keys_HSTM = torch.empty(H, S, T, m, dtype=torch.int64, device=device)
     at_keys_HSRTM = torch.empty(H, S, R, T, m, dtype=accumulation_dtype(query_HSRTD.dtype), device=device)
     for low, high in token_chunks(query_HSRTD, key_HSRND, extra=H * len(rows)):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
+from tests.distributed.test_baselines import KINDS
 from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC
 from tests.distributed.workers import WorkerPool
 from tests.gpu.graph_job import graph_job, refused_recording
@@ -32,6 +33,10 @@ SETTINGS = {
     "full_without_memory": (1, FULL, ["model.memory.layers=none"]),
     "full_kernels": (1, FULL, KERNELS),
     "full_fp8": (1, FULL, FP8),
+    "full_ultramem": (1, FULL, KINDS["ultramem"]),
+    "full_memory_plus": (1, FULL, KINDS["memory_plus"]),
+    "full_pkm": (1, FULL, [*KINDS["pkm"], "model.memory.value_dim=128"]),
+    "full_peer": (1, FULL, [*KINDS["peer"], "model.memory.value_dim=128", "model.memory.pre_value_dim=128"]),
     "full_data_parallel": (2, FULL, []),
     "full_columns_overlap": (2, FULL, [P2, COLUMNS, BESIDE_FFN]),
     "full_rows_overlap": (2, FULL, [*STATIC_ROWS, BESIDE_FFN]),
@@ -47,7 +52,8 @@ def test_training_with_graphs_equals_training_without(
     case: str,
 ) -> None:
     ranks, graphs, more = SETTINGS[case]
-    settings = [*small_run, *MODELS["ring"], *WIDE, TE, BF16, "train.deterministic=true", *more]
+    model = [] if any("memory.kind" in setting for setting in more) else MODELS["ring"]
+    settings = [*small_run, *model, *WIDE, TE, BF16, "train.deterministic=true", *more]
     expected = gpus.run(ranks, graph_job, settings, STEPS)
     for found, wanted in zip(gpus.run(ranks, graph_job, [*settings, graphs], STEPS), expected, strict=True):
         assert found["recorded"] and not wanted["recorded"]

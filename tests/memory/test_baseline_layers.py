@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ultramem.memory.health import memory_health
 from megatron_ultramem.memory.product_keys import best_pairs
@@ -310,3 +311,31 @@ def test_health_measures_what_the_kind_has(model_of, tokens, case: str) -> None:
     if case != "ultramem":
         assert found["top_m_score"].item() == pytest.approx(1 / layer.config.top_m)  # after a softmax
     torch.testing.assert_close(found["output_std"], layer.output(x, rows, scores).std())
+
+
+class HostTalk(TorchDispatchMode):
+    """Which operations make tensors of numbers of the host, or ask a tensor for a number."""
+
+    ASKS = ("lift_fresh", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.ASKS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_repeated_pass_could_be_a_cuda_graph(model_of, tokens, case: str) -> None:
+    model, x_TH = model_of(case, dtype=torch.float32), tokens(9).requires_grad_()
+    model(x_TH).sum().backward()  # may make constants
+    with HostTalk() as talk:
+        model(x_TH).sum().backward()
+    assert talk.found == []
+    with talk:
+        assert torch.tensor([3]).item() == 3
+    assert talk.found == ["lift_fresh", "_local_scalar_dense"]  # what it would have found
