@@ -49,23 +49,13 @@ def short_hardware_name() -> str:
     return (found[0].lower() if found else "gpu") + (f"x{count}" if count > 1 else "")
 
 
-def write_results(
-    folder: Path,
-    benchmark: str,
-    rows: Sequence[Row],
-    *,
-    keep_other_cases: bool = True,
-    keep_other_metrics: bool = False,
-) -> Path:
-    """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay, and
-    with `keep_other_metrics` what else is known of those that were."""
+def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_other_cases: bool = True) -> Path:
+    """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay."""
     path = folder / f"{benchmark}_{short_hardware_name()}.json"
-    measured = set() if keep_other_metrics else {row.case for row in rows}
-    figures = {(row.case, row.metric) for row in rows}
+    measured = {row.case for row in rows}
     kept = []
     if keep_other_cases and path.exists():
-        before = json.loads(path.read_text())["rows"]
-        kept = [row for row in before if row["case"] not in measured and (row["case"], row["metric"]) not in figures]
+        kept = [row for row in json.loads(path.read_text())["rows"] if row["case"] not in measured]
     content = {
         "benchmark": benchmark,
         "hardware": hardware_name(),

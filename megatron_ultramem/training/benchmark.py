@@ -48,7 +48,7 @@ def measure(config: Config, case: str, steps: int, *, whole: bool = True) -> lis
                 rows += _profile(run, case)
         return rows if run.is_main else []
     finally:
-        _let_go(run)
+        let_go(run)
 
 
 def steps_measured(micro_batches: int) -> int:
@@ -122,7 +122,7 @@ def _data_parallel_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
 
 
-def _let_go(run: Run) -> None:
+def let_go(run: Run) -> None:
     """Ends the groups and frees the model: Megatron's DDP, its gradient hooks and the optimizer hold each other through
     C++, where Python's garbage collector does not see it."""
     destroy_distributed()
