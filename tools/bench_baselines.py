@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -176,7 +176,7 @@ def _run(
     environment = os.environ | dict(way.environment)
     if way.other_mcore:
         environment["PYTHONPATH"] = os.pathsep.join([str(args.mcore.resolve()), environment.get("PYTHONPATH", "")])
-    plan = [{
+    plan: list[dict[str, Any]] = [{
         "recipe": str(args.recipes / f"{recipe}.yaml"), "beat": _fastest(found[recipe]),
         "settings": [*settings, *WAYS[recipe][way].settings, f"train.run_dir={folder}/{recipe}_{way}"],
         "output": str(folder / f"{recipe}_{way}.json"),
