@@ -154,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=0.15, help="by which a rate may fall short of the median (default 0.15)"
     )
     preflight.add_argument(
+        "--write-tolerance", type=float, default=0.5, help="the same for writing to folders (default 0.5)"
+    )
+    preflight.add_argument(
         "--max-clock-skew", type=float, default=1.0, help="seconds that a host's clock may be off (default 1)"
     )
     preflight.add_argument("--json", type=Path, help="write all measurements to this file")
@@ -333,15 +336,15 @@ def _preflight(args: argparse.Namespace) -> int:
     from megatron_ultramem.errors import ConfigError
 
     config = load_config(args.config, args.overrides)
-    if not 0 < args.tolerance < 1 or args.max_clock_skew <= 0:
-        raise ConfigError("--tolerance: legal: between 0 and 1; --max-clock-skew: above 0")
+    if not 0 < args.tolerance < 1 or not 0 < args.write_tolerance < 1 or args.max_clock_skew <= 0:
+        raise ConfigError("--tolerance, --write-tolerance: legal: between 0 and 1; --max-clock-skew: above 0")
     from megatron_ultramem.platform import prepare
 
     prepare(config.train.device)
     from megatron_ultramem.preflight.command import Options, preflight
     from megatron_ultramem.preflight.verdict import Limits
 
-    limits = Limits(tolerance=args.tolerance, clock_skew_s=args.max_clock_skew)
+    limits = Limits(args.tolerance, args.write_tolerance, args.max_clock_skew)
     return preflight(config, Options(limits), args.json)
 
 

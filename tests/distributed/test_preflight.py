@@ -156,7 +156,8 @@ def test_rates_are_those_of_the_work_done(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_prints_and_writes_json(small_run: list[str], tmp_path: Path) -> None:
     settings = [*small_run, f"train.run_dir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "megatron_ultramem", "preflight", "--ranks", "2", "--tolerance", "0.9"]
+    command = [sys.executable, "-m", "megatron_ultramem", "preflight", "--ranks", "2"]
+    command += ["--tolerance", "0.9", "--write-tolerance", "0.99"]  # tests share their cores and their disk
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "found.json"), *settings], capture_output=True, text=True, timeout=300
     )

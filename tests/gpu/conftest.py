@@ -17,6 +17,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[WorkerPool]:
     """A process for each of two GPUs, where a test asks for two."""
-    workers = WorkerPool(2, timeout=150)
+    workers = WorkerPool(2)
     yield workers
     workers.close()
