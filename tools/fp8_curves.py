@@ -3,10 +3,12 @@
 
     python tools/fp8_curves.py --config examples/configs/ultramemv2_227m_1b.yaml --steps 300 data.paths='[data/corpus]'
 
-Every variant is a process of its own and starts from the same weights; one that fails costs the others nothing. Steps
-have `--micro-batches` micro-batches. Results go to benchmarks/results/fp8_curves_<hardware>.json after every variant:
-the case is the variant, with loss and gradient norm of every tenth step, and how far the mean loss of the last twenty
-steps is from that of bf16 (of this call, or of the file), in per cent.
+Every variant is a process of its own, on one GPU, and starts from the same weights; one that fails costs the others
+nothing. Steps have `--micro-batches` micro-batches. Results go to benchmarks/results/fp8_curves_<hardware>.json after
+every variant: the case is the variant, with loss and gradient norm of every tenth step, and how far the mean loss of
+the last twenty steps is from that of bf16 (of this call, or of the file), in per cent. bf16_again is bf16 once more:
+atomic additions come in another order, and what that changes no comparison of single runs can tell from nothing.
+tools/draw_fp8_curves.py draws the file.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import queue
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from megatron_ultramem.config import load_config
@@ -28,6 +34,7 @@ from megatron_ultramem.results import Row, short_hardware_name, write_results
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 VARIANTS = {
     "bf16": [],
+    "bf16_again": [],
     "fp8_tensorwise": ["train.fp8.recipe=tensorwise"],
     "fp8_tables": ["model.memory.table_read=fp8"],
     "fp8_delayed": ["train.fp8.recipe=delayed"],
@@ -44,6 +51,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, help="steps of training (default 300)")
     parser.add_argument("--micro-batches", type=int, default=1, help="per step (default 1)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--gpus", help="such as 0,1,2,3: that many variants at a time (default: one, on the first GPU)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for a variant (default 600)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # in a process of its own: train this variant
@@ -56,25 +64,51 @@ def main() -> int:
         parser.error(f"--steps {args.steps}: legal: at least {LAST}")
     if args.only:
         return _train(args)
+    gpus = (args.gpus or os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # results are those of one GPU, however many there are
     curves: dict[str, dict[str, list[float]]] = {}
     failed = []
-    for name in names:
-        try:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, timeout=args.limit
-            )
-            curves[name] = json.loads(done.stdout.splitlines()[-1])
-        except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-            failed.append(f"{name}: {type(error).__name__}")
+    for name, curve in _all_curves(names, gpus if args.gpus else gpus[:1], args.limit):
+        if isinstance(curve, Exception):
+            failed.append(f"{name}: {type(curve).__name__}")
             continue
+        curves[name] = curve
         rows = rows_of(curves, _known_end(args.output))
-        write_results(args.output, "fp8_curves", rows)
-        for row in rows:
-            if row.case == name and not row.metric.startswith(("loss_step", "grad_norm_step")):
-                print(f"{row.case:24s} {row.metric:24s} {row.value:10.4f} {row.unit}", flush=True)
+        print(f"{name}: {write_results(args.output, 'fp8_curves', rows)}", flush=True)
+    for row in rows_of(curves, _known_end(args.output)):
+        if not row.metric.startswith(("loss_step", "grad_norm_step")):
+            print(f"{row.case:24s} {row.metric:24s} {row.value:10.4f} {row.unit}")
     for failure in failed:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _all_curves(
+    names: list[str], gpus: list[str], limit: float
+) -> Iterator[tuple[str, dict[str, list[float]] | Exception]]:
+    """Losses and gradient norms of the variants as they end, or why there are none; one at a time on every GPU."""
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def train(name: str) -> dict[str, list[float]]:
+        gpu = free.get()
+        try:
+            command = [sys.executable, *sys.argv, "--only", name]
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, env=environment)
+            curve: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+            return curve
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(len(gpus)) as workers:
+        futures = {workers.submit(train, name): name for name in names}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
+                yield futures[future], error
 
 
 def rows_of(curves: dict[str, dict[str, list[float]]], bf16_end: float | None) -> list[Row]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+import pytest
 
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.training.preprocess import preprocess
 from megatron_ultramem.training.stdlib_corpus import stdlib_files
+from tests.tools.scripts import script
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -21,6 +25,7 @@ logging: {{tensorboard: false, progress: false}}
 """
 
 
+@pytest.mark.slow
 def test_variants_are_compared_with_bf16_and_failures_named(tmp_path: Path) -> None:
     preprocess(stdlib_files()[:6], tmp_path / "data", TokenizerConfig(), workers=1)
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(data=tmp_path / "data"))
@@ -35,7 +40,25 @@ def test_variants_are_compared_with_bf16_and_failures_named(tmp_path: Path) -> N
     assert figures["bf16", "loss_against_bf16"] == 0.0 and abs(figures["fp8_tables", "loss_against_bf16"]) < 2.0
     assert figures["bf16", "loss_step_1"] > figures["bf16", "loss_step_21"]
     assert figures["fp8_tables", "not_finite"] == 0
-    again = subprocess.run([*command, "fp8_tables"], capture_output=True, text=True, cwd=tmp_path)
+    again = subprocess.run([*command, "fp8_tables", "--gpus", "0,1"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     rows = {(row["case"], row["metric"]): row["value"] for row in json.loads(path.read_text())["rows"]}
     assert rows["fp8_tables", "loss_against_bf16"] == figures["fp8_tables", "loss_against_bf16"]
+
+
+def test_a_results_file_is_drawn_with_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curves = {
+        name: {"losses": [4 / (1 + step) + shift for step in range(40)], "grad_norms": [1.0 + shift] * 40}
+        for name, shift in (("bf16", 1.0), ("fp8_tables", 1.001))
+    }
+    tool, draw = script("fp8_curves"), script("draw_fp8_curves")
+    rows = [asdict(row) for row in tool.rows_of(curves, None)]
+    (tmp_path / "curves.json").write_text(json.dumps({"hardware": "a GPU", "rows": rows}))
+    assert draw.main([str(tmp_path / "curves.json"), str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 10000
+    hardware, found, ends = draw.read(tmp_path / "curves.json")
+    (labels,) = [axes.get_legend_handles_labels()[1] for axes in draw.draw(hardware, found, ends).axes[:1]]
+    assert labels == ["bf16", "fp8_tables (+0.09 % at the end)"]
+    (tmp_path / "other.json").write_text(json.dumps({"hardware": "a GPU", "rows": []}))
+    assert draw.main([str(tmp_path / "other.json"), str(tmp_path / "x.png")]) == 2
+    assert "other.json: holds no curves; legal: a file with the variant bf16" in capsys.readouterr().err
