@@ -70,7 +70,7 @@ def _rules_of_layers(config: Config) -> list[Rule]:
 
 def _rules_of_whole_models(config: Config) -> list[Rule]:
     m, p = config.model, config.parallel
-    return [
+    rules: list[Rule] = [
         ("model.backend", m.backend, ("auto", "transformer_engine")),
         ("model.moe.layers", m.moe.layers, ("none",)),  # the dispatcher's sizes follow the tokens
         ("model.attention_dropout", m.attention_dropout, (0.0,)),  # it switches generators
@@ -78,10 +78,12 @@ def _rules_of_whole_models(config: Config) -> list[Rule]:
         ("train.recompute", config.train.recompute, ("none",)),
         ("train.fp8.recipe", config.train.fp8.recipe, ("none", "tensorwise", "blockwise")),  # delayed: scales carry on
         ("train.fp8.param_gather", config.train.fp8.param_gather, (False,)),
-        ("parallel.tensor_parallel_size", p.tensor_parallel_size, (1,)),  # its blocks switch generators
         ("parallel.context_parallel_size", p.context_parallel_size, (1,)),
         ("parallel.overlap_grad_reduce", p.overlap_grad_reduce, (False,)),  # gradients come with the graph's end
     ]
+    if p.tensor_parallel_size > 1:
+        rules.append(("model.hidden_dropout", m.hidden_dropout, (0.0,)))  # it switches generators
+    return rules
 
 
 def _check(config: Config, rules: list[Rule], others: str) -> None:

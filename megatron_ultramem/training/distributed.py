@@ -71,9 +71,15 @@ def initialize_model_parallel(config: Config) -> None:
         # The exchange of memory layers beside the FFN is what they wait for.
         high_priority_stream_groups=["tp_ep_mp"] if beside_ffn else None,
     )
-    # Megatron's graphs ask for Transformer Engine's record of generators; a process keeps the one that it made first.
+    graphs = config.train.cuda_graphs
     tensor_parallel.model_parallel_cuda_manual_seed(
-        config.train.seed, te_rng_tracker=config.train.cuda_graphs == "layers", force_reset_rng=True
+        config.train.seed,
+        # Megatron's graphs ask for Transformer Engine's record of generators; a process keeps the one it made first.
+        te_rng_tracker=graphs == "layers",
+        # Tensor-parallel blocks switch generators, which no graph can record. There is no dropout to draw from them
+        # then, so that Megatron's record for inference will do, which switches nothing.
+        inference_rng_tracker=graphs == "full" and p.tensor_parallel_size > 1,
+        force_reset_rng=True,
     )
 
 

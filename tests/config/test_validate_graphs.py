@@ -83,7 +83,7 @@ def test_whole_models_with_static_sizes_can_be_recorded(layout: list[str]) -> No
         ("model.attention_dropout=0.1", [], "model.attention_dropout = 0.1; legal: 0.0"),
         ("model.backend=local", [], "model.backend = local; legal: auto or transformer_engine"),
         ("train.recompute=selective", [], "train.recompute = selective; legal: none"),
-        ("parallel.tensor_parallel_size=2", [], "parallel.tensor_parallel_size = 2; legal: 1"),
+        ("parallel.tensor_parallel_size=2", ["model.hidden_dropout=0.1"], "model.hidden_dropout = 0.1; legal: 0.0"),
         ("parallel.context_parallel_size=2", [], "parallel.context_parallel_size = 2; legal: 1"),
         ("parallel.pipeline_parallel_size=2", [], "parallel.pipeline_parallel_size = 2; legal: 1"),
         ("parallel.overlap_grad_reduce=true", [], "parallel.overlap_grad_reduce = true; legal: false"),

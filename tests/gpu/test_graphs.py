@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.test_baselines import KINDS
-from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC
+from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC, TP2
 from tests.distributed.workers import WorkerPool
 from tests.gpu.graph_job import graph_job, refused_recording
 from tests.gpu.test_memory_parallel import BESIDE_FFN
@@ -40,6 +40,8 @@ SETTINGS = {
     "full_data_parallel": (2, FULL, []),
     "full_columns_overlap": (2, FULL, [P2, COLUMNS, BESIDE_FFN]),
     "full_rows_overlap": (2, FULL, [*STATIC_ROWS, BESIDE_FFN]),
+    "full_tensor_parallel": (2, FULL, [TP2, *LOSSES]),
+    "full_tensor_parallel_fp8_columns": (2, FULL, [TP2, P2, COLUMNS, *FP8]),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the preset for throughput changes computes the same, to rounding."""
+"""What the presets change computes the same, to rounding."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def test_a_model_trains_as_without_the_preset(gpus: WorkerPool, small_run: list[
     found, wanted = assemble([fast["params"]]), assemble([plain["params"]])
     for key, numbers in wanted.items():
         assert np.linalg.norm(found[key] - numbers) <= 0.05 * np.linalg.norm(numbers) + 1e-6, key
+
+
+def test_a_model_trains_under_the_preset_for_fp8_like_in_bf16(gpus: WorkerPool, small_run: list[str]) -> None:  # noqa: F811
+    widths = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
+    settings = [*small_run, *MODELS["block"], *WIDE, *EVERY_ROW, *widths, TE, BF16]
+    (plain,) = gpus.run(1, train_job, settings, STEPS, True)
+    (fp8,) = gpus.run(1, train_job, [*settings, "preset=throughput_fp8"], STEPS, True)
+    assert fp8["losses"] != plain["losses"]
+    np.testing.assert_allclose(fp8["losses"], plain["losses"], rtol=1e-2)
+    np.testing.assert_allclose(fp8["grad_norms"], plain["grad_norms"], rtol=0.2)
+    np.testing.assert_allclose(fp8["valid_loss"], plain["valid_loss"], rtol=1e-2)
