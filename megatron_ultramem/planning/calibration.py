@@ -9,6 +9,10 @@ from __future__ import annotations
 
 # Shares of the peak of matrix products, dense bf16.
 MATMUL = 0.80  # large products: 794 of 989.5 TFLOP/s
+# Of the peak in FP8, twice that of bf16. Beside the products each operand is read twice (its largest number, the cast)
+# and written twice (as it is, and transposed): over both passes 6 bytes a number where bf16 moves some 2 of each pass.
+FP8_MATMUL = 0.65
+FP8_BYTES = 2.0
 ATTENTION_FORWARD = 0.45  # fused attention, counting the causal half
 ATTENTION_BACKWARD = 0.36
 # The exact pass of the retrieval evaluates k x k pairs outside tensor cores: 4.4 ps a pair of 4.4 FLOPs.

@@ -75,7 +75,7 @@ class Evaluator:
         self.cluster = cluster
         validate(dataclasses.replace(config, parallel=ParallelConfig()))
         self.work = Workload(config.model, vocab_size, config.data.sequence_length)
-        self.times = TimeModel(self.work, cluster)
+        self.times = TimeModel(self.work, cluster, config.train.fp8)
         # Planned for GPUs with Transformer Engine and the kernels, unless the config says otherwise.
         self.backend = "local" if config.model.backend == "local" else "transformer_engine"
         self.fused = config.model.memory.kernels != "reference"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from megatron_ultramem.config.schema import Fp8Config
 from megatron_ultramem.memory.kinds import num_cores, query_width
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
@@ -52,8 +53,11 @@ class Times:
 class KernelTimes:
     """(forward, backward) of the parts of a model on a rank of a layout, for one micro-batch."""
 
-    def __init__(self, work: Workload, cluster: Cluster) -> None:
+    def __init__(self, work: Workload, cluster: Cluster, fp8: Fp8Config | None = None) -> None:
+        """fp8: `train.fp8`; layers that it leaves in bf16 are taken for FP8 like the others."""
         self.work = work
+        self.fp8 = fp8 is not None and fp8.recipe != "none"
+        self.fp8_memory = self.fp8 and fp8 is not None and fp8.memory_projections
         self.flops_rate = cluster.peak_tflops * 1e12
         self.bandwidth = cluster.hbm_gb_per_s * 1e9
 
@@ -115,6 +119,7 @@ class KernelTimes:
         matmul = self._matmul(
             tokens * layer.flops.attention_projections / tp,
             layout.element * (layer.parameters.attention / tp + tokens * (2 * hidden + 2 * (query + key) / tp)),
+            fp8=self.fp8,
         )
         scores = tokens * layer.flops.attention_scores / tp
         return matmul, scores, self._elementwise(layout, tokens / tp * (13 * hidden + 4 * (query + key)))
@@ -125,7 +130,9 @@ class KernelTimes:
             return 0.0, 0.0
         tokens, inner = _tokens(self.work, layout), 3 * model.ffn_hidden_size / tp
         matmul = self._matmul(
-            tokens * layer.flops.ffn / tp, layout.element * (p.ffn / tp + tokens * (2 * model.hidden_size + inner))
+            tokens * layer.flops.ffn / tp,
+            layout.element * (p.ffn / tp + tokens * (2 * model.hidden_size + inner)),
+            fp8=self.fp8,
         )
         return matmul, self._elementwise(layout, tokens * inner)
 
@@ -138,7 +145,9 @@ class KernelTimes:
         chosen, inner = own * model.moe.top_k, 3 * model.moe.ffn_hidden_size
         weights = p.experts / layout.expert_group + p.router + p.shared_expert
         matmul = self._matmul(
-            own * layer.flops.moe, layout.element * (weights + chosen * (2 * model.hidden_size + inner))
+            own * layer.flops.moe,
+            layout.element * (weights + chosen * (2 * model.hidden_size + inner)),
+            fp8=self.fp8,
         )
         return matmul, self._elementwise(layout, chosen * (4 * model.hidden_size + inner))
 
@@ -152,10 +161,14 @@ class KernelTimes:
             self.work.model.hidden_size,
             query_width(memory),
         )
-        linear = m.total - m.exact_scores - m.coarse_combination - m.lookup
-        widths = 2 * hidden + 2 * queries + row_width(memory) + layer.side_scores
-        matmul = self._matmul(own * linear, layout.element * (layer.parameters.memory + own * widths))
-        return matmul, self._elementwise(layout, own * (3 * hidden + 2 * queries))
+        linear = m.total - m.exact_scores - m.coarse_combination - m.lookup - m.key_scores
+        projections = self._matmul(
+            own * linear,
+            layout.element * (layer.parameters.memory + own * (2 * hidden + queries + row_width(memory))),
+            fp8=self.fp8_memory,
+        )
+        scores = self._matmul(own * m.key_scores, layout.element * own * (queries + layer.side_scores))
+        return projections + scores, self._elementwise(layout, own * (3 * hidden + 2 * queries))
 
     def _retrieval(self, layout: Layout, layer: Layer) -> tuple[float, float]:
         """Coarse and exact pass; backwards the dense gradient of the side scores."""
@@ -179,8 +192,10 @@ class KernelTimes:
         written = rows_read + touched * width * 8 + own * width * size * 2
         return read / (c.LOOKUP_FORWARD * self.bandwidth), written / (c.LOOKUP_BACKWARD * self.bandwidth)
 
-    def _matmul(self, flops: float, num_bytes: float) -> float:
-        return flops / (c.MATMUL * self.flops_rate) + num_bytes / (c.COPY * self.bandwidth)
+    def _matmul(self, flops: float, num_bytes: float, *, fp8: bool = False) -> float:
+        """A product that moves so many bytes in bf16."""
+        rate, moved = (2 * c.FP8_MATMUL, c.FP8_BYTES) if fp8 else (c.MATMUL, 1)
+        return flops / (rate * self.flops_rate) + moved * num_bytes / (c.COPY * self.bandwidth)
 
     def _elementwise(self, layout: Layout, elements: float) -> float:
         return elements * layout.element / (c.ELEMENTWISE * self.bandwidth)

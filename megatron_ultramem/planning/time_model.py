@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_ultramem.config.schema import Config
+from megatron_ultramem.config.schema import Config, Fp8Config
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import (
@@ -48,8 +48,8 @@ class StepTime:
 class TimeModel:
     """Times of one model on one cluster."""
 
-    def __init__(self, work: Workload, cluster: Cluster) -> None:
-        self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster)
+    def __init__(self, work: Workload, cluster: Cluster, fp8: Fp8Config | None = None) -> None:
+        self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster, fp8)
         flops = sum(
             f.attention_projections + f.attention_scores + f.ffn + f.moe + (f.memory.total if f.memory else 0.0)
             for f in (layer.flops for layer in work.layers)
