@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ultramem.config import load_config
+from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.setup import set_up
 from tests.distributed.layout_job import STEPS, assert_trains_like, train_job
 from tests.distributed.workers import WorkerPool
 
@@ -97,3 +100,15 @@ def test_training_equals_one_rank(
     ranks, overrides = LAYOUTS[layout]
     results = pool.run(ranks, train_job, small_run + MODELS[model] + overrides, STEPS, True)
     assert_trains_like(expected, results)
+
+
+def norms_of_plain_training(overrides: list[str]) -> list[float]:
+    run = set_up(load_config(None, overrides))
+    return [train_step(run)["grad_norm"] for _ in range(STEPS)]
+
+
+def test_looking_at_gradients_leaves_the_training_alone(pool: WorkerPool, small_run: list[str]) -> None:
+    """In bf16, where gradients are fp32 and parameters are not."""
+    settings = [*small_run, *MODELS["block"], "train.precision=bf16"]
+    (looked_at,) = pool.run(1, train_job, settings, STEPS)
+    assert looked_at["grad_norms"] == pool.run(1, norms_of_plain_training, settings)[0]
