@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the README's table of measured results from benchmarks/results/*.json; `--check` only compares."""
+"""Writes the tables of measured results in README.md and docs/comparison.md from benchmarks/results/*.json; `--check`
+only compares."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: written by tools/readme_table.py -->\n", "<!-- /results -->"
-# Benchmark, and the metrics that the table shows of it.
+RESULTS = ROOT / "benchmarks" / "results"
+# Benchmark, and the metrics that the README shows of it.
 SHOWN = {
     "training": [
         "tokens_per_s", "tokens_per_s_with_optimizer", "tflops", "mfu", "gpu_busy_ms", "host_waits", "peak_gib",
@@ -29,23 +31,44 @@ SHOWN = {
         "layer_forward_backward_ms", "layer_t1_us", "lookup_forward_fp8_ms", "lookup_forward_fp8_speedup",
     ],
     "fp8_curves": ["loss_last_20", "loss_against_bf16"],
+    "learning_curve": ["tokens", "train_loss", "valid_loss", "tokens_per_s"],
 }  # fmt: skip
 SWEPT = re.compile(r"T\d+_m\d+_")  # cases of a sweep are for plots, not for a table
 ABLATED = re.compile(r"/throughput\w*-")  # presets without one of their settings: how fast they are says it all
+WAY = re.compile(r"_\d+[mb]/(?!none$|throughput)")  # of running a recipe that is no preset: for docs/comparison.md
+OURS, MOE, DENSE = "ultramemv2_227m_1b", "olmoe_227m_1b", "dense_227m"  # of tools/bench_baselines.py
+BUSY_PERCENT = 90  # of the wall time: from there on the GPU binds a case, below the host that launches its kernels
+
+Cases = dict[str, dict[str, float]]  # figures by metric, by case
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    wanted = head + BEGIN + table(ROOT / "benchmarks" / "results") + END + tail
-    if "--check" in sys.argv[1:]:
+    stale = []
+    for path, blocks in (
+        (ROOT / "README.md", {"results": table(RESULTS)}),
+        (ROOT / "docs" / "comparison.md", {"speed": speed(RESULTS), "learning": learning(RESULTS)}),
+    ):
+        text = path.read_text()
+        wanted = text
+        for name, content in blocks.items():
+            wanted = _replaced(wanted, name, content)
         if wanted != text:
-            print("README.md: the table of results is not what benchmarks/results says; run tools/readme_table.py")
-        return int(wanted != text)
-    readme.write_text(wanted)
-    return 0
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in sys.argv[1:]:
+                path.write_text(wanted)
+    if "--check" not in sys.argv[1:]:
+        return 0
+    for name in stale:
+        print(f"{name}: its tables are not what benchmarks/results says; run tools/readme_table.py")
+    return int(bool(stale))
+
+
+def _replaced(text: str, name: str, content: str) -> str:
+    """The text with the block of that name, between its two comments, filled anew."""
+    begin, end = f"<!-- {name}: written by tools/readme_table.py -->\n", f"<!-- /{name} -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return head + begin + content + end + tail
 
 
 def table(folder: Path) -> str:
@@ -53,18 +76,113 @@ def table(folder: Path) -> str:
     lines = ["| benchmark | hardware | case | metric | value |", "|---|---|---|---|---|"]
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
-        if content["benchmark"] not in SHOWN:
+        benchmark = content["benchmark"]
+        if benchmark not in SHOWN:
             continue
-        metrics = SHOWN[content["benchmark"]]
         lines += [
-            f"| {content['benchmark']} | {content['hardware']} | `{row['case']}` | {row['metric']} | "
+            f"| {benchmark} | {content['hardware']} | `{row['case']}` | {row['metric']} | "
             f"{_number(row['value'])} {row['unit']} |"
             for row in content["rows"]
-            if row["metric"] in metrics
+            if row["metric"] in SHOWN[benchmark]
             and not SWEPT.match(row["case"])
+            and not WAY.search(row["case"])
             and not (ABLATED.search(row["case"]) and row["metric"] != "tokens_per_s")
         ]
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def speed(folder: Path) -> str:
+    """Markdown of what tools/bench_baselines.py found on each machine."""
+    parts = []
+    for path in sorted(folder.glob("training_*.json")):
+        content = json.loads(path.read_text())
+        cases = _cases(content)
+        recipes = {recipe: _fastest_way(recipe, cases) for recipe in cases if "/" not in recipe}
+        recipes = {recipe: way for recipe, way in recipes.items() if way}
+        if OURS in recipes and MOE in recipes and "gpu_busy_ms" in cases[OURS]:
+            parts.append(f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n")
+            parts.append(_speed_table(recipes, cases) + "\n" + _ratios(cases) + "\n" + _ways_of_the_moe(cases))
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def _fastest_way(recipe: str, cases: Cases) -> str:
+    """The way that the case of a recipe is; '' if it is none."""
+    ways = [case for case in cases if case.startswith(f"{recipe}/") and cases[case] == cases[recipe]]
+    return ways[0].partition("/")[2] if ways else ""
+
+
+def _speed_table(recipes: dict[str, str], cases: Cases) -> str:
+    lines = [
+        "| model | its fastest way | tokens/s | with optimizer | TFLOP/s | peak GiB | GPU busy, ms | of the wall time "
+        "| bound by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe, way in recipes.items():
+        own = cases[recipe]
+        cells = [
+            f"`{recipe}`", f"`{way}`", _number(own["tokens_per_s"]), _number(own["tokens_per_s_with_optimizer"]),
+            _number(own["tflops"]), _number(own["peak_gib"]), _number(own["gpu_busy_ms"]),
+            f"{own['gpu_busy_percent']:.0f} %", "the GPU" if own["gpu_busy_percent"] >= BUSY_PERCENT else "launches",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratios(cases: Cases) -> str:
+    """What UltraMemV2 is to the others."""
+    ours, moe = cases[OURS], cases[MOE]
+    least = min(own["gpu_busy_ms"] for case, own in cases.items() if case.startswith(f"{MOE}/"))
+    wall, step = (ours[name] / moe[name] for name in ("tokens_per_s", "tokens_per_s_with_optimizer"))
+    busy, best = moe["gpu_busy_ms"] / ours["gpu_busy_ms"], least / ours["gpu_busy_ms"]
+    text = (
+        f"UltraMemV2 has {wall:.2f} times the MoE's tokens/s in wall time ({step:.2f} times with the optimizer). By the "
+        f"time that the GPU computes it is {busy:.2f} times as fast as the MoE in its fastest way, and {best:.2f} times "
+        "as fast as in the way that keeps the GPU busy for the shortest time"
+    )
+    if DENSE in cases:
+        text += f"; it has {ours['tokens_per_s'] / cases[DENSE]['tokens_per_s']:.2f} times the dense model's tokens/s"
+    return text + ".\n"
+
+
+def _ways_of_the_moe(cases: Cases) -> str:
+    ways = {case.partition("/")[2]: own for case, own in cases.items() if case.startswith(f"{MOE}/")}
+    lines = [
+        "| way of the MoE | Megatron-Core | tokens/s | GPU busy, ms | of the wall time | kernels | peak GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way, own in sorted(ways.items(), key=lambda item: -item[1]["tokens_per_s"]):
+        cells = [
+            f"`{way}`", f"{own['megatron_core']:g}", _number(own["tokens_per_s"]), _number(own["gpu_busy_ms"]),
+            f"{own['gpu_busy_percent']:.0f} %", _number(own["kernels"]), _number(own["peak_gib"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def learning(folder: Path) -> str:
+    """Markdown of what tools/learning_curve.py found: its table and its figure."""
+    found = sorted(folder.glob("learning_curve_*.json"))
+    if not found:
+        return "Not measured yet.\n"
+    content = json.loads(found[-1].read_text())
+    words = f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n"
+    return (
+        words
+        + (folder / "learning_curve.md").read_text()
+        + ("\n![Losses against tokens, training FLOPs and seconds](../benchmarks/results/learning_curve.png)\n")
+    )
+
+
+def _cases(content: dict[str, Any]) -> Cases:
+    cases: Cases = {}
+    for row in content["rows"]:
+        cases.setdefault(row["case"], {})[row["metric"]] = row["value"]
+    return cases
+
+
+def _versions(content: dict[str, Any]) -> str:
+    names = {"torch": "torch", "megatron-core": "Megatron-Core", "transformer-engine": "Transformer Engine"}
+    return ", ".join(f"{shown} {content['versions'].get(name, '-')}" for name, shown in names.items())
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The README quotes what benchmarks/results holds."""
+"""The README and docs/comparison.md quote what benchmarks/results holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.tools.scripts import script
 
@@ -36,3 +37,52 @@ def test_presets_without_a_setting_show_their_speed_alone(tmp_path: Path) -> Non
         ("a/throughput_fp8", "peak_gib"),
         ("a/throughput_fp8-fp8.recipe", "tokens_per_s"),
     ]
+
+
+def write(folder: Path, benchmark: str, cases: dict[str, dict[str, float]]) -> None:
+    rows: list[dict[str, Any]] = [
+        {"case": case, "metric": metric, "value": value, "unit": "x"}
+        for case, figures in cases.items()
+        for metric, value in figures.items()
+    ]
+    content = {"benchmark": benchmark, "hardware": "a GPU", "versions": {"torch": "9.9"}, "commit": "abc", "rows": rows}
+    (folder / f"{benchmark}_gpu.json").write_text(json.dumps(content))
+
+
+def figures(speed: float, busy: float, share: float) -> dict[str, float]:
+    return {
+        "tokens_per_s": speed, "tokens_per_s_with_optimizer": speed / 2, "tflops": 3.0, "peak_gib": 4.0,
+        "gpu_busy_ms": busy, "gpu_busy_percent": share, "kernels": 100.0, "megatron_core": 0.19,
+    }  # fmt: skip
+
+
+def test_models_are_compared_in_wall_time_and_by_what_the_gpu_computes(tmp_path: Path) -> None:
+    ours, slow, fast, dense = figures(3000, 10, 98), figures(900, 12, 25), figures(1000, 15, 30), figures(6000, 5, 99)
+    write(tmp_path, "training", {
+        "ultramemv2_227m_1b": ours, "ultramemv2_227m_1b/preset": ours, "ultramemv2_227m_1b/throughput": {"mfu": 3.0},
+        "olmoe_227m_1b": fast, "olmoe_227m_1b/graphs": fast, "olmoe_227m_1b/plain": slow,
+        "dense_227m": dense, "dense_227m/preset": dense,
+    })  # fmt: skip
+    tool = script("readme_table")
+    text = " ".join(tool.speed(tmp_path).split())
+    assert "UltraMemV2 has 3.00 times the MoE's tokens/s in wall time" in text
+    assert "1.50 times as fast as the MoE in its fastest way, and 1.20 times as fast as in the way" in text
+    assert "0.50 times the dense model's tokens/s" in text
+    assert "| `olmoe_227m_1b` | `graphs` | 1,000 | 500 | 3 | 4 | 15 | 30 % | launches |" in text
+    assert "| `dense_227m` | `preset` | 6,000 | 3,000 | 3 | 4 | 5 | 99 % | the GPU |" in text
+    assert text.index("| `graphs` | 0.19 | 1,000 |") < text.index("| `plain` | 0.19 | 900 |")
+    readme = tool.table(tmp_path)
+    assert "`olmoe_227m_1b`" in readme and "/graphs" not in readme and "ultramemv2_227m_1b/throughput" in readme
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    tool = script("readme_table")
+    write(tmp_path, "training", {"ultramemv2_227m_1b": {"tokens_per_s": 1.0}})
+    assert tool.speed(tmp_path) == tool.learning(tmp_path) == "Not measured yet.\n"
+
+
+def test_the_learning_curve_is_shown_with_its_table(tmp_path: Path) -> None:
+    write(tmp_path, "learning_curve", {"moe": {"valid_loss": 2.0}})
+    (tmp_path / "learning_curve.md").write_text("| moe | 2.0 |\n")
+    text = script("readme_table").learning(tmp_path)
+    assert "| moe | 2.0 |" in text and "(../benchmarks/results/learning_curve.png)" in text and "torch 9.9" in text
