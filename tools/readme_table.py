@@ -58,8 +58,8 @@ def main() -> int:
                 path.write_text(wanted)
     if "--check" not in sys.argv[1:]:
         return 0
-    for name in stale:
-        print(f"{name}: its tables are not what benchmarks/results says; run tools/readme_table.py")
+    for stale_path in stale:
+        print(f"{stale_path}: its tables are not what benchmarks/results says; run tools/readme_table.py")
     return int(bool(stale))
 
 
