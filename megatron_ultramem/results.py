@@ -49,9 +49,14 @@ def short_hardware_name() -> str:
     return (found[0].lower() if found else "gpu") + (f"x{count}" if count > 1 else "")
 
 
+def results_path(folder: Path, benchmark: str) -> Path:
+    """Where the results of a benchmark on this machine are."""
+    return folder / f"{benchmark}_{short_hardware_name()}.json"
+
+
 def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_other_cases: bool = True) -> Path:
     """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay."""
-    path = folder / f"{benchmark}_{short_hardware_name()}.json"
+    path = results_path(folder, benchmark)
     measured = {row.case for row in rows}
     kept = []
     if keep_other_cases and path.exists():

@@ -11,7 +11,8 @@ in one of them, from the profiler, and `gpu_busy_percent` its share of the micro
 
 Ways of one environment run one after the other in a process of their own, until one fails or does not give its memory
 back: the others go on in a fresh one. What cannot run is said and left out. Results go to
-benchmarks/results/training_<hardware>.json after every case. About a quarter of a minute each on one H100.
+benchmarks/results/training_<hardware>.json after every case. On one H100 about a quarter of a minute each, of the MoE
+half a minute; another quarter for every process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from megatron_ultramem.config.schema import Config, TokenizerConfig
 from megatron_ultramem.errors import UserError, exit_status
 from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
-from megatron_ultramem.results import Row, write_results
+from megatron_ultramem.results import Row, results_path, write_results
 
 if TYPE_CHECKING:
     from megatron_ultramem.training.setup import Run
@@ -110,8 +111,13 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="*", help="recipe/way, with wildcards and commas between (default: all)")
     parser.add_argument("--mcore", type=Path, help="folder of another Megatron-Core, for the ways that are of it")
-    parser.add_argument("--seconds", type=float, default=90, help="a way that takes longer is given up (default 90)")
+    parser.add_argument("--seconds", type=float, default=120, help="a way that takes longer is given up (default 120)")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no more is measured")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="ways that the file of results has, and that are not measured now, count too",
+    )
     parser.add_argument("--recipes", type=Path, default=ROOT / "examples" / "configs", help="folder of the recipes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -144,6 +150,8 @@ def _measure_all(args: argparse.Namespace) -> None:
     if args.mcore is not None and not (args.mcore / "megatron" / "core").is_dir():
         raise UserError(f"--mcore {args.mcore}: legal: a folder that holds megatron/core")
     found: Found = {recipe: {} for recipe, _ in waiting}
+    if args.keep:
+        _find_again(args.output, found, waiting)
     with tempfile.TemporaryDirectory() as folder:
         settings = [*_text(Path(folder) / "text"), *args.settings]
         while waiting and time.monotonic() < deadline:
@@ -156,6 +164,15 @@ def _measure_all(args: argparse.Namespace) -> None:
     if not any(found.values()):
         raise UserError("no case ran; their output says why")
     _show(results(found))
+
+
+def _find_again(folder: Path, found: Found, waiting: Sequence[Case]) -> None:
+    """Adds the ways of the same recipes that were measured before."""
+    path = results_path(folder, "training")
+    for row in json.loads(path.read_text())["rows"] if path.exists() else []:
+        recipe, _, way = row["case"].partition("/")
+        if recipe in found and way in WAYS[recipe] and (recipe, way) not in waiting:
+            found[recipe].setdefault(way, []).append(Row(recipe, row["metric"], row["value"], row["unit"]))
 
 
 def _text(prefix: Path) -> list[str]:

@@ -122,7 +122,7 @@ def _speed_table(recipes: dict[str, str], cases: Cases) -> str:
         cells = [
             f"`{recipe}`", f"`{way}`", _number(own["tokens_per_s"]), _number(own["tokens_per_s_with_optimizer"]),
             _number(own["tflops"]), _number(own["peak_gib"]), _number(own["gpu_busy_ms"]),
-            f"{own['gpu_busy_percent']:.0f} %", "the GPU" if own["gpu_busy_percent"] >= BUSY_PERCENT else "launches",
+            _share(own), "the GPU" if own["gpu_busy_percent"] >= BUSY_PERCENT else "launches",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -153,10 +153,15 @@ def _ways_of_the_moe(cases: Cases) -> str:
     for way, own in sorted(ways.items(), key=lambda item: -item[1]["tokens_per_s"]):
         cells = [
             f"`{way}`", f"{own['megatron_core']:g}", _number(own["tokens_per_s"]), _number(own["gpu_busy_ms"]),
-            f"{own['gpu_busy_percent']:.0f} %", _number(own["kernels"]), _number(own["peak_gib"]),
+            _share(own), _number(own["kernels"]), _number(own["peak_gib"]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _share(own: dict[str, float]) -> str:
+    """Of the wall time; of the two, measured one after the other, the GPU's may come out as the longer."""
+    return f"{min(own['gpu_busy_percent'], 100):.0f} %"
 
 
 def learning(folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from megatron_ultramem.errors import UserError
 from megatron_ultramem.planning.evaluate import Evaluation
@@ -82,11 +83,14 @@ def _stacked(
         axes.barh(range(len(bars)), widths, left=starts, color=color, label=label, height=0.62)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for number, total in enumerate(starts):
-        axes.text(total, number, f" {total:,.4g}", va="center", fontsize=8, color=FAINT)
+        axes.text(
+            total, number, f" {total:,.0f}" if total >= 1000 else f" {total:.4g}", va="center", fontsize=8, color=FAINT
+        )
     axes.set_yticks(range(len(bars)), [textwrap.fill(name, 30) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, max(1.12 * largest, 1.03 * at_least))
     axes.set_xlabel(unit, fontsize=8.5, color=FAINT)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=FAINT, labelsize=8)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultramem.results import Row
+from megatron_ultramem.results import Row, write_results
 from tests.tools.scripts import script
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +62,21 @@ def test_the_fastest_way_is_the_case_of_its_recipe() -> None:
     assert (values["dense", "tokens_per_s"], values["dense", "peak_gib"]) == (7.0, 2.0)
     assert values["dense/plain", "tokens_per_s"] == 5.0 and values["dense/graphs", "peak_gib"] == 2.0
     assert {row.case for row in found} == {"dense", "dense/plain", "dense/graphs"}
+
+
+def test_ways_that_were_measured_before_count_too(tmp_path: Path) -> None:
+    tool = script("bench_baselines")
+
+    def rows(speed: float) -> list[Row]:
+        return [Row(tool.MOE, "tokens_per_s", speed, "tokens/s")]
+
+    write_results(tmp_path, "training", tool.results({tool.MOE: {"preset": rows(7.0), "plain": rows(9.0)}}))
+    found = {tool.MOE: {}}
+    tool._find_again(tmp_path, found, [(tool.MOE, "plain")])
+    assert found == {tool.MOE: {"preset": rows(7.0)}}
+    written = write_results(tmp_path, "training", tool.results({tool.MOE: {**found[tool.MOE], "plain": rows(5.0)}}))
+    now = {row["case"]: row["value"] for row in json.loads(written.read_text())["rows"]}
+    assert now == {tool.MOE: 7.0, f"{tool.MOE}/preset": 7.0, f"{tool.MOE}/plain": 5.0}
 
 
 @pytest.mark.parametrize(
