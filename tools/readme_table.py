@@ -136,9 +136,10 @@ def _ratios(cases: Cases) -> str:
     busy, best = moe["gpu_busy_ms"] / ours["gpu_busy_ms"], least / ours["gpu_busy_ms"]
     text = (
         f"UltraMemV2 has {wall:.2f} times the MoE's tokens/s in wall time ({step:.2f} times with the optimizer). By "
-        f"the time that the GPU computes it is {busy:.2f} times as fast as the MoE in its fastest way, and {best:.2f} "
-        "times as fast as in the way that keeps the GPU busy for the shortest time"
+        f"the time that the GPU computes it is {busy:.2f} times as fast as the MoE in its fastest way"
     )
+    if best < busy:
+        text += f", and {best:.2f} times as fast as in the way that keeps the GPU busy for the shortest time"
     if DENSE in cases:
         text += f"; it has {ours['tokens_per_s'] / cases[DENSE]['tokens_per_s']:.2f} times the dense model's tokens/s"
     return text + ".\n"

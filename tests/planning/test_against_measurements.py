@@ -14,7 +14,7 @@ from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluste
 from megatron_ultramem.planning.memory import GIB
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "examples" / "configs" / "ultramemv2_227m_1b.yaml"
+RECIPES = ROOT / "examples" / "configs"
 
 
 def measured(file: str, case: str) -> dict[str, float]:
@@ -22,8 +22,8 @@ def measured(file: str, case: str) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in rows if row["case"] == case}
 
 
-def predicted(gpus: int, cluster: str, *settings: str) -> Evaluation:
-    config = on_cluster(load_config(RECIPE, settings), load_cluster(cluster))
+def predicted(gpus: int, cluster: str, *settings: str, recipe: str = "ultramemv2_227m_1b") -> Evaluation:
+    config = on_cluster(load_config(RECIPES / f"{recipe}.yaml", settings), load_cluster(cluster))
     return Evaluator(config, 50304, load_cluster(cluster)).evaluate(config, gpus)
 
 
@@ -43,6 +43,26 @@ def test_one_h100(case: str, settings: list[str], micro_batch: int) -> None:
     assert plan.memory.peak / GIB == pytest.approx(real["peak_gib_measured"], rel=0.1)
     assert plan.time.seconds * 1e3 == pytest.approx(real["step_ms_measured"], rel=0.25)
     assert plan.time.micro_batch.gpu * 1e3 == pytest.approx(real["gpu_busy_ms_measured"], rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("ultramemv2_227m_1b", []),
+        ("dense_227m", []),
+        ("memory_plus_227m_1b", []),
+        ("ultramem_227m_1b", []),
+        ("olmoe_227m_1b", ["model.moe.router_fusion=true"]),
+    ],
+)
+def test_five_recipes_with_the_preset_on_one_h100(recipe: str, settings: list[str]) -> None:
+    """What tools/bench_baselines.py measured: steps of 8 micro-batches."""
+    real = measured("training_h100.json", recipe)
+    sizes = ["preset=throughput", "train.micro_batch_size=4", "train.global_batch_size=32"]
+    plan = predicted(1, "h100", *sizes, *settings, recipe=recipe)
+    assert plan.memory.peak / GIB == pytest.approx(real["peak_gib"], rel=0.1)
+    assert plan.time.seconds * 1e3 == pytest.approx(real["step_ms"], rel=0.25)
+    assert plan.time.micro_batch.gpu * 1e3 == pytest.approx(real["gpu_busy_ms"], rel=0.25)
 
 
 COLUMNS = [
