@@ -17,42 +17,62 @@ Results go to benchmarks/results/training_<hardware>.json. Start it with torchru
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_ultramem.config import Config, load_config
 from megatron_ultramem.config.load import walk
 from megatron_ultramem.config.presets import graph_settings, preset_settings
-from megatron_ultramem.errors import ConfigError, UserError
+from megatron_ultramem.errors import ConfigError, UserError, exit_status
 from megatron_ultramem.platform import prepare
 from megatron_ultramem.quiet import quiet_dependencies
 from megatron_ultramem.results import Row, write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+ONLY = "--only="
 ABLATION_STEPS = 3  # before an ablation is measured: compilation, recording, one more
 
 
 def main() -> int:
     args = parse()
     quiet_dependencies()
-    try:
-        prepare()
-        for case, config, steps, whole in cases(args):
-            prepare(config.train.device)
-            from megatron_ultramem.training.benchmark import measure
+    return exit_status(lambda: _one(args) if args.only or "RANK" in os.environ else _all(args))
 
-            rows = measure(config, case, steps, whole=whole)
-            if rows:
-                _show(case, rows)
-                print(write_results(args.output, "training", rows), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def _all(args: argparse.Namespace) -> None:
+    """Every case in a process of its own, as what a model leaves behind would count for the next; one that fails costs
+    the others nothing."""
+    if not torch.cuda.is_available():  # where there is a GPU, it is the cases' alone
+        prepare()
+    failed = [
+        case for case, *_ in cases(args) if subprocess.run([sys.executable, *sys.argv, f"{ONLY}{case}"]).returncode != 0
+    ]
+    if failed:
+        raise UserError(f"{', '.join(failed)}: failed, as said above")
+
+
+def _one(args: argparse.Namespace) -> None:
+    sys.argv = [argument for argument in sys.argv if not argument.startswith(ONLY)]  # results quote the command
+    prepare()
+    found = {case: (config, steps, whole) for case, config, steps, whole in cases(args)}
+    if not args.only and len(found) > 1:
+        raise ConfigError(f"{', '.join(found)}: ranks that are started by torchrun measure one case; legal: one preset")
+    case = args.only or next(iter(found))
+    config, steps, whole = found[case]
+    prepare(config.train.device)
+    from megatron_ultramem.training.benchmark import measure
+
+    rows = measure(config, case, steps, whole=whole)
+    if rows:
+        _show(case, rows)
+        print(write_results(args.output, "training", rows), flush=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=8, help="per step of the training (default 8)")
     parser.add_argument("--warmup-steps", type=int, default=10, help="of the learning rate (default 10)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
+    parser.add_argument(ONLY.rstrip("="), help=argparse.SUPPRESS)  # this case, in this process
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
     return parser.parse_intermixed_args(arguments)
 

@@ -37,7 +37,8 @@ def test_a_recipe_is_measured_under_the_name_of_its_preset(recipe: Path, corpus:
     content = json.loads((tmp_path / "training_cpu.json").read_text())
     found = {row["metric"]: row["value"] for row in content["rows"]}
     assert {row["case"] for row in content["rows"]} == {"tiny/none"}
-    assert found["tokens_per_s"] > found["tokens_per_s_with_optimizer"] > 0
+    assert min(found["tokens_per_s"], found["tokens_per_s_with_optimizer"]) > 0
+    assert "--only" not in content["command"]
     assert 0 < found["loss_step_3"] < 10
     assert "mfu" not in found and "gpu_busy_ms" not in found  # there is no GPU
 
