@@ -7,7 +7,7 @@ Trains a recipe for a few steps in several layouts, each in a process of its own
 unless data.* says otherwise, and writes predicted and measured figures side by side to
 benchmarks/results/plan_<hardware>.json. `kernels` counts what the GPU ran in a micro-batch and `host_us_per_kernel` is
 the micro-batch's wall time for each: where that is well above the GPU's own time, the constants of launches in
-megatron_ultramem/planning/calibration.py follow from it. About two minutes on one H100.
+megatron_ultramem/planning/calibration.py follow from it. About three minutes on one H100.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CASES: dict[str, tuple[list[str], int]] = {
     "recompute_full_twice_the_micro_batch": (["train.recompute=full"], 2),
     "memory_graphs": (["train.cuda_graphs=memory"], 1),
     "throughput": (["preset=throughput"], 1),
+    "throughput_fp8": (["preset=throughput", "train.fp8.recipe=tensorwise"], 1),
 }
 MICRO_BATCHES = 4  # in a step
 WARM_UP_STEPS, MEASURED_STEPS = 2, 3

@@ -42,6 +42,9 @@ class Saved:
     inner: float
     memory: float
 
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(self.stream + other.stream, self.inner + other.inner, self.memory + other.memory)
+
     def on_rank(self, tokens: float, tensor: int, sequence_parallel: bool) -> float:
         """Bytes on one of `tensor` ranks for `tokens` of a micro-batch (its share under context parallelism)."""
         stream = self.stream / tensor if sequence_parallel else self.stream

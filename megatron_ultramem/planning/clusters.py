@@ -33,6 +33,7 @@ class Cluster:
     intra_node_gb_per_s: float
     inter_node_gb_per_s: float
     gpus_per_node: int = 8
+    fp8_times: float = 2.0  # peak of dense FP8 products, in peaks of bf16; 0: there are none
     latency_us: float = 30.0  # of a small collective; measured between H200s
     launch_us: float = 10.0  # host time of a kernel launch with what Python does around it; measured on an H100 machine
     reserved_gib: float = 1.5  # CUDA context, NCCL's and cuBLAS's own buffers, which torch's allocator does not see
@@ -58,7 +59,7 @@ def presets() -> dict[str, Cluster]:
         "h100": Cluster("h100", 79.1, _peak("h100"), 3350.0, nvlink4, 45.0),
         "h200": Cluster("h200", 139.8, _peak("h200"), 4800.0, nvlink4, 45.0),
         "b200": Cluster("b200", 178.3, _peak("b200"), 8000.0, 2 * nvlink4, 45.0),
-        "a100": Cluster("a100", 79.2, _peak("a100"), 2039.0, nvlink4 * 300 / 450, 22.5),
+        "a100": Cluster("a100", 79.2, _peak("a100"), 2039.0, nvlink4 * 300 / 450, 22.5, fp8_times=0.0),
     }
 
 
@@ -128,4 +129,4 @@ def _checked(base: Cluster | None, settings: dict[str, Any]) -> Cluster:
     return Cluster(**settings)
 
 
-_MAY_BE_ZERO = ("latency_us", "launch_us", "reserved_gib", "fragmentation")
+_MAY_BE_ZERO = ("fp8_times", "latency_us", "launch_us", "reserved_gib", "fragmentation")

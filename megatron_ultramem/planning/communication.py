@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ultramem.config.schema import Config
+from megatron_ultramem.memory.kinds import pre_value_dim
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.layout import Layout, rank_parameters
-from megatron_ultramem.planning.parameters import attention_dims
+from megatron_ultramem.planning.parameters import attention_dims, row_width
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
 
 
@@ -119,7 +120,8 @@ def gradient_traffic(
     work: Workload, layout: Layout, links: Links, stage: Stage
 ) -> dict[str, tuple[Transfer, Transfer]]:
     """Once a step: (gradients, parameters) over the data-parallel ranks, over those that hold the same shard of
-    experts and tables, and of parameters that tensor-parallel ranks or the two ends of the pipeline share."""
+    experts and tables, of parameters that tensor-parallel ranks or the two ends of the pipeline share, and of what
+    ranks that share columns agree on."""
     kept = rank_parameters(work, layout, stage)
     sharded = kept.experts + kept.tables
     # Megatron has one optimizer for dense parameters and one for the others, and after the step of each gathers all.
@@ -138,6 +140,10 @@ def gradient_traffic(
         shared = own + (work.model.hidden_size if stage.has_output else 0)
     volume = 2 * _others(layout.tensor) * 4 * shared
     found["tensor"] = links.ring(volume, layout.tensor, 1), Transfer()
+    memory, columns = work.model.memory, layout.placement.columns
+    if memory.table_read == "fp8" and columns > 1:  # largest numbers of whole rows, for what lookups read
+        rows = kept.tables * columns // row_width(memory) * (2 if pre_value_dim(memory) else 1)
+        found["row_scales"] = Transfer(), links.ring(2 * _others(columns) * 4 * rows, columns, 1, 2)
     if layout.pipeline > 1 and work.model.tie_embeddings and (stage.has_embedding or stage.has_output):
         matrix = 4 * work.vocabulary * work.model.hidden_size / layout.tensor
         # An all-reduce of two: each receives half, reduced, and then the other's.

@@ -74,8 +74,13 @@ class Evaluator:
         """Raises ConfigError for what is wrong with the config under any layout."""
         self.cluster = cluster
         validate(dataclasses.replace(config, parallel=ParallelConfig()))
+        if config.train.fp8.recipe != "none" and not cluster.fp8_times:
+            raise ConfigError(
+                f"train.fp8.recipe = {config.train.fp8.recipe}: GPUs of cluster {cluster.name} have no FP8 products "
+                "(cluster.fp8_times = 0); legal: none"
+            )
         self.work = Workload(config.model, vocab_size, config.data.sequence_length)
-        self.times = TimeModel(self.work, cluster, config.train.fp8)
+        self.times = TimeModel(self.work, cluster)
         # Planned for GPUs with Transformer Engine and the kernels, unless the config says otherwise.
         self.backend = "local" if config.model.backend == "local" else "transformer_engine"
         self.fused = config.model.memory.kernels != "reference"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megatron_ultramem.config.schema import Fp8Config
 from megatron_ultramem.memory.kinds import num_cores, query_width
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
+from megatron_ultramem.planning.fp8 import projection_weights
 from megatron_ultramem.planning.layout import Layout
 from megatron_ultramem.planning.parameters import attention_dims, row_bytes, row_width, rows_per_token
 from megatron_ultramem.planning.workload import Layer, Workload
@@ -53,37 +53,26 @@ class Times:
 class KernelTimes:
     """(forward, backward) of the parts of a model on a rank of a layout, for one micro-batch."""
 
-    def __init__(self, work: Workload, cluster: Cluster, fp8: Fp8Config | None = None) -> None:
-        """fp8: `train.fp8`; layers that it leaves in bf16 are taken for FP8 like the others."""
+    def __init__(self, work: Workload, cluster: Cluster) -> None:
         self.work = work
-        self.fp8 = fp8 is not None and fp8.recipe != "none"
-        self.fp8_memory = self.fp8 and fp8 is not None and fp8.memory_projections
         self.flops_rate = cluster.peak_tflops * 1e12
+        self.fp8_rate = self.flops_rate * cluster.fp8_times
         self.bandwidth = cluster.hbm_gb_per_s * 1e9
 
     def block(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
         """Of one block."""
-        matmul, scores, elementwise = self._attention(layout, layer)
-        for part in (self._ffn, self._moe, self._memory_projections):
-            products, moved = part(layout, layer)
-            matmul, elementwise = matmul + products, elementwise + moved
+        scores = _tokens(self.work, layout) / layout.tensor * layer.flops.attention_scores
         retrieval, lookup = self._retrieval(layout, layer), self._lookup(layout, layer)
-        return (
-            Times(
-                matmul=matmul,
-                attention=scores / (c.ATTENTION_FORWARD * self.flops_rate),
-                elementwise=elementwise,
-                retrieval=retrieval[0],
-                lookup=lookup[0],
-            ),
-            Times(
-                matmul=2 * matmul,
-                attention=2 * scores / (c.ATTENTION_BACKWARD * self.flops_rate),
-                elementwise=2 * elementwise,
-                retrieval=retrieval[1],
-                lookup=lookup[1],
-            ),
+        forward = Times(
+            attention=scores / (c.ATTENTION_FORWARD * self.flops_rate), retrieval=retrieval[0], lookup=lookup[0]
         )
+        backward = Times(
+            attention=2 * scores / (c.ATTENTION_BACKWARD * self.flops_rate), retrieval=retrieval[1], lookup=lookup[1]
+        )
+        for part in (self._attention, self._ffn, self._moe, self._memory_projections):
+            ahead, back = part(layout, layer)
+            forward, backward = forward + ahead, backward + back
+        return forward, backward
 
     def output(self, layout: Layout, *, fused_loss: bool = False) -> tuple[Times, Times]:
         """Of output layer and loss."""
@@ -112,63 +101,79 @@ class KernelTimes:
             return 0.0
         return tables * (layout.element + 1) / (c.COPY * self.bandwidth)
 
-    def _attention(self, layout: Layout, layer: Layer) -> tuple[float, float, float]:
-        """Projections (s), scores (FLOPs), and norms, rotations and residual sums of the block (s)."""
+    def _attention(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
+        """Projections; norms, rotations and residual sums of the block."""
         hidden, tokens, tp = self.work.model.hidden_size, _tokens(self.work, layout), layout.tensor
         _, query, key = attention_dims(self.work.model)
-        matmul = self._matmul(
-            tokens * layer.flops.attention_projections / tp,
-            layout.element * (layer.parameters.attention / tp + tokens * (2 * hidden + 2 * (query + key) / tp)),
-            fp8=self.fp8,
+        return self._linears(
+            layout,
+            flops=tokens * layer.flops.attention_projections / tp,
+            weights=layer.parameters.attention / tp,
+            inputs=tokens * (hidden + query / tp),
+            outputs=tokens * (hidden + (query + 2 * key) / tp),
+            moved=tokens / tp * (13 * hidden + 4 * (query + key)),
         )
-        scores = tokens * layer.flops.attention_scores / tp
-        return matmul, scores, self._elementwise(layout, tokens / tp * (13 * hidden + 4 * (query + key)))
 
-    def _ffn(self, layout: Layout, layer: Layer) -> tuple[float, float]:
+    def _ffn(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
         p, model, tp = layer.parameters, self.work.model, layout.tensor
         if not p.ffn:
-            return 0.0, 0.0
-        tokens, inner = _tokens(self.work, layout), 3 * model.ffn_hidden_size / tp
-        matmul = self._matmul(
-            tokens * layer.flops.ffn / tp,
-            layout.element * (p.ffn / tp + tokens * (2 * model.hidden_size + inner)),
-            fp8=self.fp8,
+            return Times(), Times()
+        tokens, inner = _tokens(self.work, layout), model.ffn_hidden_size / tp
+        return self._linears(
+            layout,
+            flops=tokens * layer.flops.ffn / tp,
+            weights=p.ffn / tp,
+            inputs=tokens * (model.hidden_size + inner),
+            outputs=tokens * (model.hidden_size + 2 * inner),
+            moved=tokens * 3 * inner,
         )
-        return matmul, self._elementwise(layout, tokens * inner)
 
-    def _moe(self, layout: Layout, layer: Layer) -> tuple[float, float]:
+    def _moe(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
         """Experts if they are chosen evenly; tokens are permuted there and back."""
         if not layer.has_moe:
-            return 0.0, 0.0
+            return Times(), Times()
         p, model = layer.parameters, self.work.model
         own = _tokens(self.work, layout) / layout.tensor
-        chosen, inner = own * model.moe.top_k, 3 * model.moe.ffn_hidden_size
-        weights = p.experts / layout.expert_group + p.router + p.shared_expert
-        matmul = self._matmul(
-            own * layer.flops.moe,
-            layout.element * (weights + chosen * (2 * model.hidden_size + inner)),
-            fp8=self.fp8,
+        chosen, inner = own * model.moe.top_k, model.moe.ffn_hidden_size
+        return self._linears(
+            layout,
+            flops=own * layer.flops.moe,
+            weights=p.experts / layout.expert_group + p.router + p.shared_expert,
+            inputs=chosen * (model.hidden_size + inner),
+            outputs=chosen * (model.hidden_size + 2 * inner),
+            moved=chosen * (4 * model.hidden_size + 3 * inner),
         )
-        return matmul, self._elementwise(layout, chosen * (4 * model.hidden_size + inner))
 
-    def _memory_projections(self, layout: Layout, layer: Layer) -> tuple[float, float]:
+    def _memory_projections(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
         """Projections and side scores; norms of queries, and the sum with the FFN."""
         memory, m = self.work.model.memory, layer.flops.memory
         if m is None:
-            return 0.0, 0.0
+            return Times(), Times()
         own, hidden, queries = (
             _tokens(self.work, layout) / layout.tensor,
             self.work.model.hidden_size,
             query_width(memory),
         )
-        linear = m.total - m.exact_scores - m.coarse_combination - m.lookup - m.key_scores
-        projections = self._matmul(
-            own * linear,
-            layout.element * (layer.parameters.memory + own * (2 * hidden + queries + row_width(memory))),
-            fp8=self.fp8_memory,
+        weights, values = projection_weights(layer), m.value_projection / 2 / hidden
+        others = weights / hidden - values
+        projections = self._linears(
+            layout,
+            flops=2 * own * weights,
+            weights=weights,
+            inputs=own * (hidden + values),
+            outputs=own * (others + (hidden if values else 0)),
+            moved=own * (3 * hidden + 2 * queries),
+            in_fp8=layout.fp8 is not None and layout.fp8.projections,
         )
-        scores = self._matmul(own * m.key_scores, layout.element * own * (queries + layer.side_scores))
-        return projections + scores, self._elementwise(layout, own * (3 * hidden + 2 * queries))
+        keys = self._linears(
+            layout,
+            flops=own * m.key_scores,
+            weights=layer.parameters.memory - weights,
+            inputs=own * queries,
+            outputs=own * layer.side_scores,
+            in_fp8=False,
+        )
+        return projections[0] + keys[0], projections[1] + keys[1]
 
     def _retrieval(self, layout: Layout, layer: Layer) -> tuple[float, float]:
         """Coarse and exact pass; backwards the dense gradient of the side scores."""
@@ -192,10 +197,41 @@ class KernelTimes:
         written = rows_read + touched * width * 8 + own * width * size * 2
         return read / (c.LOOKUP_FORWARD * self.bandwidth), written / (c.LOOKUP_BACKWARD * self.bandwidth)
 
-    def _matmul(self, flops: float, num_bytes: float, *, fp8: bool = False) -> float:
-        """A product that moves so many bytes in bf16."""
-        rate, moved = (2 * c.FP8_MATMUL, c.FP8_BYTES) if fp8 else (c.MATMUL, 1)
-        return flops / (rate * self.flops_rate) + moved * num_bytes / (c.COPY * self.bandwidth)
+    def _linears(
+        self,
+        layout: Layout,
+        *,
+        flops: float,
+        weights: float,
+        inputs: float,
+        outputs: float,
+        moved: float = 0.0,
+        in_fp8: bool = True,
+    ) -> tuple[Times, Times]:
+        """Linears with so many weights, and numbers that go in and come out; `moved`: numbers that memory-bound kernels
+        beside them read and write. `in_fp8`: if the layout has FP8 at all."""
+        matmul = self._matmul(flops, layout.element * (weights + inputs + outputs))
+        elementwise = self._elementwise(layout, moved)
+        forward = Times(matmul=matmul, elementwise=elementwise)
+        if not in_fp8 or layout.fp8 is None:
+            return forward, forward * 2
+        fp8, size = layout.fp8, layout.element
+        product = flops / (c.MATMUL_FP8 * self.fp8_rate)
+        ahead = product + (weights + inputs + size * outputs) / (c.COPY * self.bandwidth)
+        back = 2 * product + (weights + 2 * outputs + inputs * (1 + size)) / (c.COPY * self.bandwidth)
+        cast = c.FP8_CAST_BYTES[fp8.recipe] / (c.ELEMENTWISE * self.bandwidth)
+        of_weights = 0.0 if fp8.only_codes else weights / layout.micro_batches
+        quick = (
+            Times(matmul=ahead, elementwise=elementwise + (inputs + of_weights) * cast),
+            Times(matmul=back, elementwise=2 * elementwise + outputs * cast),
+        )
+        return (
+            quick[0] * fp8.share + forward * (1 - fp8.share),
+            quick[1] * fp8.share + forward * (2 * (1 - fp8.share)),
+        )
+
+    def _matmul(self, flops: float, num_bytes: float) -> float:
+        return flops / (c.MATMUL * self.flops_rate) + num_bytes / (c.COPY * self.bandwidth)
 
     def _elementwise(self, layout: Layout, elements: float) -> float:
         return elements * layout.element / (c.ELEMENTWISE * self.bandwidth)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.parallel.cost_model import Estimate, choose
+from megatron_ultramem.planning.fp8 import Fp8, fp8_of
 from megatron_ultramem.planning.workload import Stage, Workload
 
 
@@ -29,6 +30,7 @@ class Layout:
     overlap_param_gather: bool
     element: int  # bytes of a parameter or an activation
     placement: Estimate  # of the value tables, with what one lookup moves
+    fp8: Fp8 | None  # matrix products
 
     @property
     def expert_data(self) -> int:
@@ -56,6 +58,7 @@ def layout_of(config: Config, gpus: int) -> Layout:
         overlap_param_gather=p.overlap_param_gather,
         element=2 if config.train.precision == "bf16" else 4,
         placement=choose(config),
+        fp8=fp8_of(config),
     )
 
 

@@ -11,7 +11,8 @@ import dataclasses
 from dataclasses import dataclass, fields
 
 from megatron_ultramem.memory.kinds import query_width
-from megatron_ultramem.planning.activations import Options, block_input, saved_by_block
+from megatron_ultramem.planning.activations import Options, Saved, block_input, saved_by_block
+from megatron_ultramem.planning.fp8 import copies, saved_difference
 from megatron_ultramem.planning.layout import Layout, rank_parameters
 from megatron_ultramem.planning.parameters import row_bytes, row_width
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
@@ -27,11 +28,12 @@ LOSS_BYTES = {("transformer_engine", 2): 10, ("transformer_engine", 4): 12, ("lo
 class RankMemory:
     """Bytes on a rank of one pipeline stage at its peak.
 
-    `weights`, `gradients` and `optimizer` (master weights and moments) of dense parameters and experts, apart from
-    those of value tables (whose weights include what lookups read in their place); `buffers`: shuffle permutations;
-    `activations` kept for backward passes; `loss`: logits and their gradients; `exchange`: messages of the memory
-    exchange, of expert dispatch and of gathers; `workspace`: temporaries of the block that computes; `set_up`: by which
-    building the optimizer takes more than all of these; `fragmentation`: allowance for what the allocator cannot use.
+    `weights` (with their copies in FP8), `gradients` and `optimizer` (master weights and moments) of dense parameters
+    and experts, apart from those of value tables (whose weights include what lookups read in their place); `buffers`:
+    shuffle permutations; `activations` kept for backward passes; `loss`: logits and their gradients; `exchange`:
+    messages of the memory exchange, of expert dispatch and of gathers; `workspace`: temporaries of the block that
+    computes; `set_up`: by which building the optimizer takes more than all of these; `fragmentation`: allowance for
+    what the allocator cannot use.
     """
 
     weights: float
@@ -72,9 +74,7 @@ def stage_memory(
 
     in_flight = micro_batches_in_flight(layout, stage.number)
     whole = {
-        layer: saved_by_block(work.model, layer, layout.placement, options, own).on_rank(
-            tokens, layout.tensor, layout.sequence_parallel
-        )
+        layer: _saved(work, layout, layer, options, own).on_rank(tokens, layout.tensor, layout.sequence_parallel)
         for layer, _ in stage.layers
     }
     recompute = options.recompute == "full"
@@ -89,16 +89,15 @@ def stage_memory(
         workspace += max(whole.values())
     elif options.recompute_memory:
         again = dataclasses.replace(options, recompute_memory=False)
-        workspace += own * max(
-            saved_by_block(work.model, layer, layout.placement, again, own).memory for layer, _ in stage.layers
-        )
+        workspace += own * max(_saved(work, layout, layer, again, own).memory for layer, _ in stage.layers)
     exchange = max(_exchange(work, layout, layer, tokens) for layer, _ in stage.layers)
     if loss > workspace + exchange:
         workspace = exchange = 0.0
     else:
         loss = 0.0
     found = RankMemory(
-        weights=size * (kept.dense + kept.experts),
+        weights=size * (kept.dense + kept.experts)
+        + sum(count * copies(layer, layout.fp8, layout.tensor, layout.expert_group) for layer, count in stage.layers),
         gradients=4 * (kept.dense + kept.experts),
         optimizer=master * (kept.dense / shards + kept.experts / table_shards),
         table_weights=size * kept.tables + _copies(work, layout, kept.tables),
@@ -113,6 +112,16 @@ def stage_memory(
         fragmentation=fragmentation * (activations + loss + exchange + workspace),
     )
     return dataclasses.replace(found, set_up=max(0.0, _set_up(layout, stage, found) - found.peak))
+
+
+def _saved(work: Workload, layout: Layout, layer: Layer, options: Options, own: float) -> Saved:
+    """What a block keeps for its backward, by a token."""
+    saved = saved_by_block(work.model, layer, layout.placement, options, own)
+    if layout.fp8 is None:
+        return saved
+    return saved + saved_difference(
+        work.model, layer, layout.fp8, options.element, recompute_memory=options.recompute_memory
+    )
 
 
 def _set_up(layout: Layout, stage: Stage, memory: RankMemory) -> float:

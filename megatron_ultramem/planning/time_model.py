@@ -3,6 +3,7 @@
 For every part of a block, on one GPU:
 
 - matrix products take FLOPs / reached FLOP/s + bytes / copy bandwidth (the sum, which small products come close to);
+  in FP8 (train.fp8) at their own peak and on operands of one byte, and their casts take bytes / bandwidth (`fp8.py`);
 - attention takes FLOPs / reached FLOP/s; norms, rotations, SwiGLU, residual sums and the loss take bytes / bandwidth;
 - retrieval reads all side scores and evaluates k*k pairs; the lookup reads M rows a token, and its backward reads them
   again and reads, adds and writes fp32 gradients of every row that the micro-batch touched (rows used evenly).
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_ultramem.config.schema import Config, Fp8Config
+from megatron_ultramem.config.schema import Config
 from megatron_ultramem.planning import calibration as c
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import (
@@ -28,6 +29,7 @@ from megatron_ultramem.planning.communication import (
     pipeline_traffic,
     stage_tensor_traffic,
 )
+from megatron_ultramem.planning.fp8 import linears_of_block
 from megatron_ultramem.planning.kernel_times import KernelTimes, Times
 from megatron_ultramem.planning.layout import Layout, rank_parameters
 from megatron_ultramem.planning.workload import Layer, Stage, Workload
@@ -48,8 +50,8 @@ class StepTime:
 class TimeModel:
     """Times of one model on one cluster."""
 
-    def __init__(self, work: Workload, cluster: Cluster, fp8: Fp8Config | None = None) -> None:
-        self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster, fp8)
+    def __init__(self, work: Workload, cluster: Cluster) -> None:
+        self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster)
         flops = sum(
             f.attention_projections + f.attention_scores + f.ffn + f.moe + (f.memory.total if f.memory else 0.0)
             for f in (layer.flops for layer in work.layers)
@@ -141,7 +143,9 @@ class TimeModel:
         experts = c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
         if config.train.cuda_graphs == "layers":
             return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES / 2 + experts if layer.has_moe else 0)
-        number = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
+        number: float = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
+        if layout.fp8 is not None:
+            number += c.FP8_LAUNCHES * layout.fp8.share * linears_of_block(layer, layout.fp8)
         if layer.has_memory and config.train.cuda_graphs == "memory":
             number += c.GRAPH_LAUNCHES
         elif layer.has_memory:

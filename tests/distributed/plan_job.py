@@ -101,6 +101,7 @@ def _group(name: str) -> dist.ProcessGroup:
         "context": parallel_state.get_context_parallel_group,
         "expert": parallel_state.get_expert_model_parallel_group,
         "memory": parallel_state.get_expert_model_parallel_group,
+        "row_scales": parallel_state.get_expert_model_parallel_group,
         "data": lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),
         "expert_data": parallel_state.get_expert_data_parallel_group,
         "embedding": lambda: parallel_state.get_embedding_group(check_initialized=False),

@@ -17,6 +17,7 @@ LAYOUTS = {
     ("block", "tp2"): (2, [TP2]),
     ("block", "pp2"): (2, [PP2]),
     ("block", "columns_p2"): (2, [P2, COLUMNS]),
+    ("block", "columns_p2_fp8_tables"): (2, [P2, COLUMNS, "model.memory.table_read=fp8"]),
     ("ring", "columns_p4_recompute"): (4, [P4, COLUMNS, FULL]),
     ("block", "rows_p2_static"): (2, [P2, ROWS, f"{STATIC}=2.0", MEMORY_RECOMPUTE]),
     ("block", "rows_tp2_dp2_untied"): (4, [P2, ROWS, f"{STATIC}=2.0", TP2, UNTIED]),
