@@ -40,11 +40,11 @@ def arguments() -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_every_case_of_a_whole_recipe_is_legal_and_fits_an_h200(ranks: int) -> None:
+def test_cases_of_whole_recipes_are_legal_and_fit_an_h200(ranks: int) -> None:
     tool = script("bench_scaling")
-    for case in tool.cases([ranks], None):
-        if case.way.cut is None:
-            assert tool.plan_of(arguments(), case, load_cluster("h200"))[1].fits, case.name
+    whole = [case for case in tool.cases([ranks], None) if case.way.cut is None]
+    too_large = [case.name for case in whole if not tool.plan_of(arguments(), case, load_cluster("h200"))[1].fits]
+    assert too_large == ([f"{tool.MOE}/moe_fp8_x1"] if ranks == 1 else [])  # experts in FP8 beside those in bf16
 
 
 def test_a_cut_model_has_the_most_layers_that_fit() -> None:
