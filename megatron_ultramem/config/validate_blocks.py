@@ -27,6 +27,7 @@ def validate_blocks(config: Config, stages: Sequence[tuple[int, int]]) -> None:
     m = config.model
     memory = parse_layers(m.memory.layers, m.num_layers, "model.memory.layers")
     if not memory:
+        _refuse_blocks_without_memory(m.memory)
         return
     _refuse_foreign_settings(m.memory)
     both = sorted(set(memory) & set(parse_layers(m.moe.layers, m.num_layers, "model.moe.layers")))
@@ -48,6 +49,15 @@ def validate_blocks(config: Config, stages: Sequence[tuple[int, int]]) -> None:
             "context_parallel_size = 1, or model.memory.query_norm = rms or none (another model)"
         )
     _validate_joins(config, stages)
+
+
+def _refuse_blocks_without_memory(memory: MemoryConfig) -> None:
+    for name, value in (("replaces_ffn", memory.replaces_ffn), ("join_layers", memory.join_layers)):
+        if value:
+            raise ConfigError(
+                f"model.memory.{name} = {str(value).lower()} with model.memory.layers = {memory.layers}: there is no "
+                f"memory layer that it could be of; legal: {name} = null, or memory layers"
+            )
 
 
 def _refuse_foreign_settings(memory: MemoryConfig) -> None:

@@ -22,6 +22,7 @@ from megatron_ultramem.planning.parameters import count_parameters
 from megatron_ultramem.reporting.figure import COLORS, FAINT, INK, loss_range, smoothed
 from megatron_ultramem.reporting.runs import Run, Series, format_count
 
+START_SHARE = 0.08  # of a curve, whose losses do not stretch the axis
 LAST_SHARE = 0.1  # of the training losses, for a final loss that is less noisy than the last
 
 
@@ -144,7 +145,7 @@ def _cells(s: Summary) -> list[str]:
 
 def draw_comparison(recipes: Sequence[tuple[str, Sequence[Curve]]]) -> Figure:
     """Loss against tokens, FLOPs and seconds; every run is a line in the colour of its recipe. Below, the same of the
-    validation loss, if it was taken more than once."""
+    validation loss, if it was taken more than once. The steep start, which would hide the rest, is cut off."""
     evaluated = any(len(_finite(c.valid_loss)) > 1 for _, curves in recipes for c in curves)
     figure = Figure(figsize=(15, 9.2 if evaluated else 4.8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -156,7 +157,8 @@ def draw_comparison(recipes: Sequence[tuple[str, Sequence[Curve]]]) -> Figure:
 
 
 def _draw_row(panels: Sequence[Axes], recipes: Sequence[tuple[str, Sequence[Curve]]], loss: str, title: str) -> None:
-    every = [value for _, curves in recipes for c in curves for value in _finite(getattr(c, loss))]
+    values = [_finite(getattr(c, loss)) for _, curves in recipes for c in curves]
+    limits = loss_range([value for own in values for value in own[int(START_SHARE * len(own)) :]], [])
     against = (("tokens", "tokens"), ("flops", "training FLOPs"), ("seconds", "seconds of training"))
     for axes, (field, label) in zip(panels, against, strict=True):
         for number, (name, curves) in enumerate(recipes):
@@ -167,7 +169,9 @@ def _draw_row(panels: Sequence[Axes], recipes: Sequence[tuple[str, Sequence[Curv
                 color = COLORS[number % len(COLORS)]
                 axes.plot([place for place, _ in found], smooth, color=color, linewidth=1.6, alpha=0.85,
                           label=name if index == 0 else None)  # fmt: skip
-        _style(axes, f"{title} against {label}", loss_range(every, []))
+        _style(axes, f"{title} against {label}", limits)
+        shown = (lambda value, _: f"{value:.2g}") if field == "flops" else (lambda value, _: format_count(value))
+        axes.xaxis.set_major_formatter(FuncFormatter(shown))
     panels[0].set_ylabel("nats per token", fontsize=9, color=FAINT)
 
 
@@ -183,7 +187,6 @@ def _style(axes: Axes, title: str, limits: tuple[float, float]) -> None:
     axes.set_ylim(*limits)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
 
 
 def _loss(mean: float, deviation: float, runs: int) -> str:

@@ -21,6 +21,7 @@ from megatron_ultramem.reporting.comparison import (
     draw_comparison,
     summarise,
 )
+from megatron_ultramem.reporting.runs import format_count
 from megatron_ultramem.reporting.trials import Trial
 from megatron_ultramem.results import Row, write_results
 
@@ -47,7 +48,8 @@ def write_comparison(trials: Sequence[Trial], output: Path, name: str = "compari
     output.mkdir(parents=True, exist_ok=True)
     table, figure = output / f"{name}.md", output / f"{name}.png"
     table.write_text(comparison_markdown(summaries))
-    draw_comparison(list(curves.items())).savefig(figure, dpi=130)
+    labels = [f"{s.name}: {format_count(s.active)} active of {format_count(s.parameters)}" for s in summaries]
+    draw_comparison(list(zip(labels, curves.values(), strict=True))).savefig(figure, dpi=130)
     rows = [row for summary in summaries for row in [*_rows(summary), *_valid_rows(summary.name, curves[summary.name])]]
     return [table, figure, write_results(output, name, rows, keep_other_cases=False)]
 

@@ -47,6 +47,14 @@ REFUSED = {
         kind("ultramem", *PAIRS, "model.memory.replaces_ffn=true"),
         ["would leave blocks 3, 8, 13 without an FFN"],
     ),
+    "instead-of-nothing": (
+        ["model.memory.layers=none", "model.memory.replaces_ffn=true"],
+        ["replaces_ffn = true with model.memory.layers = none", "replaces_ffn = null, or memory layers"],
+    ),
+    "pairs-without-memory": (
+        kind("ultramem", "model.memory.layers=none", "model.memory.join_layers=3"),
+        ["join_layers = 3 with model.memory.layers = none"],
+    ),
     "pairs-of-another-kind": ([*PAIRS], ["model.memory.join_layers = 7,12,17", "kind = ultramem"]),
     "memory-and-moe-instead-of-one-ffn": (
         kind("memory_plus", "model.moe.layers=4-6", "model.memory.layers=5-7"),

@@ -84,3 +84,12 @@ def test_validation_losses_get_panels_of_their_own() -> None:
     for axes, places in zip(figure.axes[3:], (curves[0].tokens, curves[0].flops, curves[0].seconds), strict=True):
         (line,) = axes.lines
         assert list(line.get_xdata()) == places[-2:] and list(line.get_ydata()) == [4.5, 3.5]
+
+
+def test_the_steep_start_is_cut_off() -> None:
+    losses = [10.0 if step < 4 else 2.0 - step / 100 for step in range(100)]
+    figure = draw_comparison([("a", [curve(run(losses, 1.0), VOCABULARY)])])
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(losses) and 1.9 < high < 2.1
+    figure.axes[1].xaxis.set_ticks([2e15])
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["2e+15"]
