@@ -125,16 +125,20 @@ def _serve(pipe: Connection, rank: int, patience: float) -> None:
 
 def _let_go_of_models() -> None:
     """Frees what a job built. Megatron's DDP, its gradient hooks and the optimizer hold each other through C++, where
-    Python's garbage collector does not see it; a model that stays alive keeps its process groups, and dozens of gloo
-    threads with them."""
+    Python's garbage collector does not see it, and a MoE's dispatchers hold the graph of the last micro-batch; a model
+    that stays alive keeps its process groups, and dozens of gloo threads with them, which are never idle."""
     import gc
 
     import torch
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
-    for ddp in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
-        ddp.grad_accs.clear()
-        ddp.config.grad_scale_func = ddp.config.no_sync_func = None  # methods of the optimizer and of the DDP
+    for found in gc.get_objects():
+        if type(found) is DistributedDataParallel:
+            found.grad_accs.clear()
+            found.config.grad_scale_func = found.config.no_sync_func = None  # methods of the optimizer and of the DDP
+        elif issubclass(type(found), MoETokenDispatcher):
+            vars(found).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # other processes use the same GPU
