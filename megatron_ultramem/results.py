@@ -65,7 +65,7 @@ def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_oth
         "benchmark": benchmark,
         "hardware": hardware_name(),
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.argv]),
         "rows": kept + [asdict(row) for row in rows],
@@ -87,7 +87,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, from the variable COMMIT where a tree travels without its history, otherwise from git."""
     if named := os.environ.get("COMMIT"):
         return named

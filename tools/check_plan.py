@@ -8,6 +8,8 @@ unless data.* says otherwise, and writes predicted and measured figures side by 
 benchmarks/results/plan_<hardware>.json. `kernels` counts what the GPU ran in a micro-batch and `host_us_per_kernel` is
 the micro-batch's wall time for each: where that is well above the GPU's own time, the constants of launches in
 megatron_ultramem/planning/calibration.py follow from it. About three minutes on one H100.
+
+With --again nothing is measured: what benchmarks/results/plan_<cluster>.json holds is predicted anew, on any machine.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config, TokenizerConfig
 from megatron_ultramem.errors import UserError, exit_status
 from megatron_ultramem.planning.clusters import Cluster
+from megatron_ultramem.planning.command import vocabulary
+from megatron_ultramem.planning.evaluate import Evaluator, on_cluster
+from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.planning.this_machine import cluster_of_this_machine
 from megatron_ultramem.quiet import quiet_dependencies
-from megatron_ultramem.results import Row, write_results
+from megatron_ultramem.results import Row, commit, write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 # Settings, and by how much the micro-batch is larger.
@@ -48,7 +53,7 @@ FILES = 200  # of the standard library: more text than the steps need
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     quiet_dependencies()
-    return exit_status(lambda: _all_cases(args) if args.child is None else _child(args))
+    return exit_status(lambda: _child(args) if args.child else _again(args) if args.again else _all_cases(args))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,6 +61,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--cases", default=",".join(CASES), help="default: %(default)s")
     parser.add_argument("--cluster", help="preset or .yaml file that describes this machine (default: by its GPU)")
+    parser.add_argument("--again", action="store_true", help="predict anew what was measured on --cluster")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
@@ -95,15 +101,43 @@ def _text(prefix: Path) -> list[str]:
     return [f"data.train_paths=[{prefix}]", f"data.cache_dir={prefix.parent}/cache"]
 
 
-def _child(args: argparse.Namespace) -> int:
-    settings, larger = CASES[args.child]
+def _config(args: argparse.Namespace, case: str) -> Config:
+    settings, larger = CASES[case]
     micro = larger * load_config(args.config, args.overrides).train.micro_batch_size
-    config = load_config(args.config, [
+    return load_config(args.config, [
         *args.overrides, *settings, f"train.micro_batch_size={micro}",
         f"train.global_batch_size={micro * MICRO_BATCHES}", f"train.steps={WARM_UP_STEPS + MEASURED_STEPS}",
         "schedule.warmup_steps=1", "schedule.decay_steps=null", "train.eval_steps=0", "checkpoint.load=none",
         "train.rampup_batch_size=[]",
     ])  # fmt: skip
+
+
+def _again(args: argparse.Namespace) -> None:
+    """Puts what is predicted now beside what was measured; all else of the file stays."""
+    path = args.output / f"plan_{args.cluster}.json"
+    if not path.exists():
+        raise UserError(f"--again with --cluster {args.cluster}: there is no {path}; legal: what was measured on")
+    content, cluster = json.loads(path.read_text()), cluster_of_this_machine(args.cluster)
+    figures = {(row["case"], row["metric"]): row for row in content["rows"]}
+    rows = []
+    for case in CASES:
+        name = f"{args.config.stem}/{case}"
+        if (name, "step_ms_measured") not in figures:
+            continue
+        config = _config(args, case)
+        for metric, value in predicted(config, vocabulary(config), cluster).items():
+            if measured := figures.get((name, f"{metric}_measured")):
+                rows += _pair(name, metric, value, measured["value"], measured["unit"])
+    for row in rows:
+        figures[row.case, row.metric]["value"] = row.value
+    content["predicted_at"] = commit()
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    _show(rows)
+    print(path)
+
+
+def _child(args: argparse.Namespace) -> int:
+    config = _config(args, args.child)
     from megatron_ultramem.platform import prepare
 
     prepare(config.train.device)
@@ -112,12 +146,22 @@ def _child(args: argparse.Namespace) -> int:
     return 0
 
 
+def predicted(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, float]:
+    """What the planner says of one GPU of the cluster, by metric."""
+    planned_on = on_cluster(config, cluster)
+    plan = Evaluator(planned_on, vocab_size, cluster).evaluate(planned_on, 1)
+    return {
+        "parameters": plan.parameters.total,
+        "step_ms": plan.time.seconds * 1e3,
+        "peak_gib": plan.memory.peak / GIB,
+        "gpu_busy_ms": plan.time.micro_batch.gpu * 1e3,
+    }
+
+
 def measure(config: Config, case: str, cluster: Cluster) -> list[Row]:
     """One case in this process: rows in pairs, predicted and measured."""
     import torch
 
-    from megatron_ultramem.planning.evaluate import Evaluator, on_cluster
-    from megatron_ultramem.planning.memory import GIB
     from megatron_ultramem.training.distributed import destroy_distributed
     from megatron_ultramem.training.loop import train_step
     from megatron_ultramem.training.measure import covered_ms, forward_backward_only, median_seconds, trace
@@ -128,16 +172,15 @@ def measure(config: Config, case: str, cluster: Cluster) -> list[Row]:
         train_step(run)
     step_ms = median_seconds(run, lambda: train_step(run), MEASURED_STEPS) * 1e3
     parameters = sum(param.numel() for chunk in run.model for param in chunk.parameters())
-    planned_on = on_cluster(config, cluster)
-    plan = Evaluator(planned_on, run.checkpoints.vocab_size, cluster).evaluate(planned_on, 1)
-    rows = _pair(case, "parameters", plan.parameters.total, parameters, "")
-    rows += _pair(case, "step_ms", plan.time.seconds * 1e3, step_ms, "ms")
+    plan = predicted(config, run.checkpoints.vocab_size, cluster)
+    rows = _pair(case, "parameters", plan["parameters"], parameters, "")
+    rows += _pair(case, "step_ms", plan["step_ms"], step_ms, "ms")
     if run.platform.is_cuda:
         peak = torch.cuda.max_memory_allocated() / GIB
-        rows += _pair(case, "peak_gib", plan.memory.peak / GIB, peak, "GiB")
+        rows += _pair(case, "peak_gib", plan["peak_gib"], peak, "GiB")
         forward_backward_ms = median_seconds(run, lambda: forward_backward_only(run, 1), MEASURED_STEPS) * 1e3
         spans = trace(run, lambda: forward_backward_only(run, 1))
-        rows += _pair(case, "gpu_busy_ms", plan.time.micro_batch.gpu * 1e3, covered_ms(spans), "ms per micro-batch")
+        rows += _pair(case, "gpu_busy_ms", plan["gpu_busy_ms"], covered_ms(spans), "ms per micro-batch")
         rows += [
             Row(case, "micro_batch_ms", forward_backward_ms, "ms"),
             Row(case, "kernels", len(spans), "per micro-batch"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the tables of measured results in README.md and docs/comparison.md from benchmarks/results/*.json; `--check`
-only compares."""
+"""Writes the tables of measured results in README.md, docs/comparison.md and docs/planner.md from
+benchmarks/results/*.json; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def main() -> int:
     for path, blocks in (
         (ROOT / "README.md", {"results": table(RESULTS)}),
         (ROOT / "docs" / "comparison.md", {"speed": speed(RESULTS), "learning": learning(RESULTS)}),
+        (ROOT / "docs" / "planner.md", {"plan": plan(RESULTS)}),
     ):
         text = path.read_text()
         wanted = text
@@ -177,6 +178,24 @@ def learning(folder: Path) -> str:
         + (folder / "learning_curve.md").read_text()
         + ("\n![Losses against tokens, training FLOPs and seconds](../benchmarks/results/learning_curve.png)\n")
     )
+
+
+def plan(folder: Path) -> str:
+    """Markdown of what tools/check_plan.py found: predicted and measured figures."""
+    lines = ["| hardware | case | figure | predicted | measured | error |", "|---|---|---|---|---|---|"]
+    for path in sorted(folder.glob("plan_*.json")):
+        content = json.loads(path.read_text())
+        units = {row["metric"]: row["unit"] for row in content["rows"]}
+        for case, own in _cases(content).items():
+            for metric in [name.removesuffix("_predicted") for name in own if name.endswith("_predicted")]:
+                unit, error = units[f"{metric}_measured"], own[f"{metric}_error"]
+                predicted, measured = (
+                    f"{_number(own[f'{metric}_{what}'])} {unit}" for what in ("predicted", "measured")
+                )
+                lines.append(
+                    f"| {content['hardware']} | `{case}` | {metric} | {predicted} | {measured} | {error:+.1f} % |"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def _cases(content: dict[str, Any]) -> Cases:

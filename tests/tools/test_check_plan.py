@@ -43,6 +43,28 @@ def test_predicted_and_measured_figures_are_written_side_by_side(tmp_path: Path)
         error = 100 * (rows[case, "step_ms_predicted"] / rows[case, "step_ms_measured"] - 1)
         assert rows[case, "step_ms_error"] == pytest.approx(error)
 
+    content = json.loads(written.read_text())
+    for row in content["rows"]:
+        if row["metric"] == "step_ms_predicted":
+            row["value"] = 0.0
+    old = written.rename(tmp_path / "plan_h100.json")
+    old.write_text(json.dumps(content))
+    assert main_again(tmp_path) == 0
+    again = {(row["case"], row["metric"]): row["value"] for row in json.loads(old.read_text())["rows"]}
+    assert again == rows
+
+
+def main_again(folder: Path) -> int:
+    arguments = [f"--config={folder}/tiny.yaml", "--cluster=h100", f"--output={folder}", "--again"]
+    status: int = script("check_plan").main(arguments)
+    return status
+
+
+def test_there_is_nothing_to_predict_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    assert main_again(tmp_path) == 2
+    assert "--again with --cluster h100: there is no" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -86,3 +86,8 @@ def test_the_learning_curve_is_shown_with_its_table(tmp_path: Path) -> None:
     (tmp_path / "learning_curve.md").write_text("| moe | 2.0 |\n")
     text = script("readme_table").learning(tmp_path)
     assert "| moe | 2.0 |" in text and "(../benchmarks/results/learning_curve.png)" in text and "torch 9.9" in text
+
+
+def test_predictions_stand_beside_measurements(tmp_path: Path) -> None:
+    write(tmp_path, "plan", {"r/as_is": {"step_ms_predicted": 90.0, "step_ms_measured": 100.0, "step_ms_error": -10.0}})
+    assert "| a GPU | `r/as_is` | step_ms | 90 x | 100 x | -10.0 % |" in script("readme_table").plan(tmp_path)
