@@ -185,7 +185,8 @@ class KernelTimes:
         return scores / c.COARSE_PASS + exact, scores / c.COPY
 
     def _lookup(self, layout: Layout, layer: Layer) -> tuple[float, float]:
-        """Sharded tables serve as many rows as one rank's tokens want, by rows or by narrower columns."""
+        """Sharded tables serve as many rows as one rank's tokens want, by rows, which are sent to their owners, or by
+        narrower columns."""
         if not layer.has_memory:
             return 0.0, 0.0
         memory, size, ranks = self.work.model.memory, layout.element, layout.placement.ranks
@@ -195,7 +196,11 @@ class KernelTimes:
         read = rows_read + entries * (4 + 4 * num_cores(memory)) + own * width * size
         touched = rows * -math.expm1(-entries * ranks / rows) / ranks
         written = rows_read + touched * width * 8 + own * width * size * 2
-        return read / (c.LOOKUP_FORWARD * self.bandwidth), written / (c.LOOKUP_BACKWARD * self.bandwidth)
+        routing = layout.placement.routing_us / 2e6
+        return (
+            read / (c.LOOKUP_FORWARD * self.bandwidth) + routing,
+            written / (c.LOOKUP_BACKWARD * self.bandwidth) + routing,
+        )
 
     def _linears(
         self,

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.geometry import plan_pools
-from megatron_ultramem.parallel.cost_model import choose, estimates, tokens_per_rank, widths
+from megatron_ultramem.parallel.cost_model import ROUTING_NS, choose, estimates, tokens_per_rank, widths
 
 
 def print_placements(config: Config, console: Console) -> None:
@@ -28,7 +28,8 @@ def print_placements(config: Config, console: Console) -> None:
     console.print(
         f"a memory layer, per micro-batch of {tokens_per_rank(config)} tokens a rank; bytes a rank receives, if rows "
         f"are used evenly; {p.intra_node_gb_per_s:g} GB/s within {p.ranks_per_node} ranks of a node, "
-        f"{p.inter_node_gb_per_s:g} GB/s between nodes, {p.exchange_latency_us:g} us a message"
+        f"{p.inter_node_gb_per_s:g} GB/s between nodes, {p.exchange_latency_us:g} us a message, {ROUTING_NS:g} ns to "
+        "send a row to its owner"
     )
     table = Table("placement", "forward", "backward", "a token", "time", "remark")
     chosen = choose(config)
@@ -42,7 +43,7 @@ def print_placements(config: Config, console: Console) -> None:
             show_bytes(estimate.forward_bytes),
             show_bytes(estimate.backward_bytes),
             show_bytes(moved / tokens_per_rank(config)),
-            f"{estimate.microseconds / 1000:.3f} ms",
+            f"{estimate.total_us / 1000:.3f} ms",
             "; ".join(filter(None, ["chosen" if mark else "", estimate.problem])),
             style="bold" if mark else None,
         )

@@ -141,6 +141,7 @@ class TimeModel:
         if config.train.cuda_graphs == "full":  # two for the whole model
             return 0.0
         experts = c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
+        experts += c.DISPATCH_LAUNCHES if layout.expert_group > 1 else 0
         if config.train.cuda_graphs == "layers":
             return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES / 2 + experts if layer.has_moe else 0)
         number: float = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)

@@ -7,7 +7,7 @@ import pytest
 from megatron_ultramem.cli import main
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.parallel.cost_model import choose, estimates
+from megatron_ultramem.parallel.cost_model import ROUTING_NS, choose, estimates
 
 WIDE = ["model.memory.value_dim=768", "model.memory.pre_value_dim=768"]
 FAST_MESSAGES = "parallel.exchange_latency_us=0"
@@ -21,9 +21,21 @@ def test_one_rank_is_replicated() -> None:
     assert choose(config(1)).placement == "replicated"
 
 
-def test_columns_win_for_few_rows_a_token_and_rows_for_many() -> None:
-    assert choose(config(8, *WIDE, "model.memory.top_m=32", FAST_MESSAGES)).placement == "columns"
-    assert choose(config(8, *WIDE, "model.memory.top_m=768", FAST_MESSAGES)).placement == "rows"
+def test_over_slow_links_columns_win_for_few_rows_a_token_and_rows_for_many() -> None:
+    slow = [*WIDE, FAST_MESSAGES, "parallel.intra_node_gb_per_s=5", "parallel.inter_node_gb_per_s=5"]
+    assert choose(config(8, *slow, "model.memory.top_m=32")).placement == "columns"
+    assert choose(config(8, *slow, "model.memory.top_m=768")).placement == "rows"
+
+
+def test_the_work_of_sending_rows_to_their_owners_counts() -> None:
+    found = {estimate.placement: estimate for estimate in estimates(config(2, FAST_MESSAGES))}
+    rows = 32 * 4096  # of a micro-batch
+    assert found["rows"].routing_us == pytest.approx(rows * ROUTING_NS / 1e3)
+    assert found["columns"].routing_us == 0
+    # Over fast links rows receive fewer bytes and are slower all the same.
+    many = {one.placement: one for one in estimates(config(8, *WIDE, "model.memory.top_m=768", FAST_MESSAGES))}
+    assert many["rows"].microseconds < many["columns"].microseconds
+    assert many["rows"].total_us > many["columns"].total_us
 
 
 def test_latency_favours_the_exchange_with_fewer_messages() -> None:
