@@ -21,11 +21,7 @@ GROUPS = pytest.StashKey[Path]()  # the file in which they tell their parent the
 def prepare_process() -> None:
     """One of several processes: one thread each, and every one begins to count the GPUs at another one."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = [gpu for gpu in visible.split(",") if gpu]
-    if gpus:
+    if gpus := _visible_gpus():
         first = int(os.environ[WORKER].removeprefix("gw")) % len(gpus)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
 
@@ -69,8 +65,8 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 @contextmanager
 def in_turn(*, alone: bool) -> Iterator[None]:
-    """Many at a time, over all processes of this user on this machine; or, `alone`, none beside this one. Who wants to
-    be alone keeps the gate shut while those inside finish."""
+    """Many at a time, over all processes of this user that use the same GPUs; or, `alone`, none beside this one. Who
+    wants to be alone keeps the gate shut while those inside finish."""
     with ExitStack() as gate, ExitStack() as room:
         gate.enter_context(_locked("gate", fcntl.LOCK_EX))
         room.enter_context(_locked("room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
@@ -81,10 +77,18 @@ def in_turn(*, alone: bool) -> Iterator[None]:
 
 @contextmanager
 def _locked(name: str, how: int) -> Iterator[None]:
-    path = Path(tempfile.gettempdir()) / f"ultramem_gpu_tests_{os.getuid()}_{name}.lock"
+    gpus = "_".join(sorted(_visible_gpus()))
+    path = Path(tempfile.gettempdir()) / f"ultramem_tests_{os.getuid()}_gpus_{gpus}_{name}.lock"
     with path.open("w") as file:
         fcntl.flock(file, how)
         try:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # not left to closing: a child may have inherited the file
+
+
+def _visible_gpus() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]

@@ -12,6 +12,9 @@ from tests.distributed.workers import WorkerPool
 # Read by cuBLAS when a process starts to use it; the ranks of a test inherit them.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Every job makes communicators of its own, which takes the longer the more channels they have; messages are small.
+os.environ.setdefault("NCCL_MAX_NCHANNELS", "2")
+os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "2")
 
 
 @pytest.fixture(scope="session")
