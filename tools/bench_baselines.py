@@ -153,8 +153,9 @@ def _measure_all(args: argparse.Namespace) -> None:
     if args.keep:
         _find_again(args.output, found, waiting)
     with tempfile.TemporaryDirectory() as folder:
-        settings = [*_text(Path(folder) / "text"), *args.settings]
+        settings: list[str] = []
         while waiting and time.monotonic() < deadline:
+            settings = settings or [*_text(Path(folder) / "text"), *args.settings]
             waiting.sort(key=lambda case: bool(found[case[0]]))  # a recipe whose best way failed has another at once
             ways = [WAYS[recipe][way] for recipe, way in waiting]
             alike = next((n for n, way in enumerate(ways) if not way.shares_process_with(ways[0])), len(ways))
