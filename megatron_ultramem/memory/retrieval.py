@@ -113,8 +113,11 @@ class _SideScoresAt(torch.autograd.Function):
         for low, high in token_chunks(query_HSRTD, key_HSRND):
             grad_chunk = grad_HSRTM[:, :, :, low:high]
             at = keys_HSTM[:, :, low:high].unsqueeze(2).expand_as(grad_chunk)
-            dense = torch.zeros(H, S, R, high - low, N, dtype=grad_HSRTM.dtype, device=grad_HSRTM.device)
-            dense_XTN = dense.scatter_add_(-1, at, grad_chunk).view(-1, high - low, N).to(query_HSRTD.dtype)
+            dense = torch.zeros(H * S * R * (high - low), N, dtype=grad_HSRTM.dtype, device=grad_HSRTM.device)
+            # Flat: with several dimensions the deterministic version copies from the host, which no graph can record.
+            starts = torch.arange(0, dense.numel(), N, device=dense.device).unsqueeze(-1)
+            dense.view(-1).scatter_add_(0, (at.reshape(len(dense), -1) + starts).view(-1), grad_chunk.reshape(-1))
+            dense_XTN = dense.view(-1, high - low, N).to(query_HSRTD.dtype)
             grad_query_XTD[:, low:high] = bmm_accumulated(dense_XTN, key_XND)
             query_XTD = query_HSRTD[:, :, :, low:high].reshape(-1, high - low, D)
             grad_key_XND += bmm_accumulated(dense_XTN.mT, query_XTD)

@@ -44,7 +44,7 @@ def by_block(
 
     Each block's rows come first; then follow negative rows, which mean none, with scores that have no meaning.
     """
-    T, M, C = scores_TMC.shape
+    T, M, _ = scores_TMC.shape
     block_TM = rows_TM // table_rows
     order_TM = block_TM.argsort(dim=1, stable=True)
     every_E = torch.arange(num_blocks, device=rows_TM.device)
@@ -53,6 +53,27 @@ def by_block(
     place_M = torch.arange(M, device=rows_TM.device)
     wanted_TEM = place_M < count_TE.unsqueeze(-1)
     from_TX = order_TM.gather(1, (start_TE.unsqueeze(-1) + place_M).clamp_max(M - 1).flatten(1))
+    to_TM = block_TM * M + order_TM.argsort(dim=1) - start_TE.gather(1, block_TM)
     rows_TEM = (rows_TM % table_rows).gather(1, from_TX).view(T, num_blocks, M)
-    scores_TEMC = scores_TMC.gather(1, from_TX.unsqueeze(-1).expand(-1, -1, C)).view(T, num_blocks, M, C)
-    return rows_TEM.masked_fill(~wanted_TEM, -1), scores_TEMC
+    scores_TXC: torch.Tensor = _Moved.apply(scores_TMC, from_TX, to_TM)
+    return rows_TEM.masked_fill(~wanted_TEM, -1), scores_TXC.view(T, num_blocks, M, -1)
+
+
+class _Moved(torch.autograd.Function):
+    """Scores in other places: those of `from_TX`, and of the gradient those of `to_TM`, where each score went. Autograd
+    would scatter the gradients of all places, those without a meaning too."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_TMC: torch.Tensor, from_TX: torch.Tensor, to_TM: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(to_TM)
+        return _gathered(scores_TMC, from_TX)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TXC: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (to_TM,) = ctx.saved_tensors
+        return _gathered(grad_TXC, to_TM), None, None
+
+
+def _gathered(x_TMC: torch.Tensor, places_TX: torch.Tensor) -> torch.Tensor:
+    return x_TMC.gather(1, places_TX.unsqueeze(-1).expand(-1, -1, x_TMC.shape[-1]))

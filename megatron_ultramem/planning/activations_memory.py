@@ -31,9 +31,8 @@ def saved_by_memory(memory: MemoryConfig, placement: Estimate, fused: bool, elem
     values = element * memory.value_dim
     if memory.kind == "memory_plus":  # pooled values, gate before and after its SiLU, their product
         return saved + 4 * values
-    if memory.kind == "ultramem":  # pooled values of every block, where its rows came from, and scores before that
-        rows = rows_per_token(memory)
-        return saved + blocks(memory) * (values + 8 * rows) + 4 * rows * num_cores(memory)
+    if memory.kind == "ultramem":  # pooled values of every block, and where each score went
+        return saved + blocks(memory) * values + 8 * rows_per_token(memory)
     return saved + (values if kind_of(memory).own_widths else 0)
 
 
