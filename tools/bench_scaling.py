@@ -25,19 +25,18 @@ Rows (benchmarks/results/scaling_<hardware>.json):
                                peak_error_percent
   layers                       of a model that is cut
   fits                         0 where the planner says that a rank's memory is too small: not run
+
+With --again nothing is measured: what a results file holds is predicted anew, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,136 +46,30 @@ from rich.table import Table
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError, UserError, exit_status
-from megatron_ultramem.planning.clusters import Cluster
-from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster
 from megatron_ultramem.planning.memory import GIB
+from megatron_ultramem.planning.scaling import (
+    MICRO_BATCHES,
+    Planned,
+    beside_the_plan,
+    cases,
+    compared,
+    plan_of,
+    predicted_again,
+)
 from megatron_ultramem.planning.this_machine import cluster_of_this_machine
 from megatron_ultramem.quiet import quiet_dependencies
-from megatron_ultramem.results import Row, write_results
+from megatron_ultramem.results import Row, commit, results_path, write_results
 from megatron_ultramem.side_by_side import Job, dealt, gpu_names, run_jobs, wait_for_turn
 
 ROOT = Path(__file__).resolve().parents[1]
-MICRO_BATCHES = 4  # of a rank, per step
 WARM_UP_STEPS, MEASURED_STEPS = 3, 3
-FAST = "preset=throughput"
-FP8 = "preset=throughput_fp8"  # products and tables
-TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
-PLACEMENT = "parallel.memory_placement="
-ALL_FIT = "parallel.exchange_capacity=1e9"  # static sizes, which CUDA graphs need
-BESIDE_FFN = "parallel.overlap_exchange=true"
-ROUTER, ALLGATHER = "model.moe.router_fusion=true", "model.moe.dispatcher=allgather"
-# Of attention and routers; Megatron's do not go with weight gradients that are fused into their GEMMs.
-GRAPHS = ("train.cuda_graphs=layers", "train.fused_weight_gradients=false")
-# The experts' sizes follow the router, and no two micro-batches ask for the same: without it memory falls to pieces.
-SEGMENTS = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-CUTLASS = ("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")  # one launch for all experts, where cuBLAS has one for each
-
-
-@dataclass(frozen=True)
-class Way:
-    """Of running a recipe: settings, and variables of the environment. `cut`: to as many layers as fit on so many ranks
-    (0: on those of the case)."""
-
-    recipe: str
-    name: str
-    settings: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
-    cut: int | None = None
-
-    @property
-    def halves(self) -> bool:
-        """Whether two ranks hold a model's parts."""
-        return TP2 in self.settings or PP2 in self.settings
-
-    @property
-    def least_ranks(self) -> int:
-        return max(2 if self.halves else 1, self.cut or 1)
-
-
-MEMORY, MOE, LARGE = "ultramemv2_1b_7b", "olmoe_1b_7b", "ultramemv2_2_5b_120b_top256"
-SHARED_BY = {
-    MEMORY: "parallel.memory_parallel_size",
-    MOE: "parallel.expert_parallel_size",
-    LARGE: "parallel.memory_parallel_size",
-}
-COLUMNS, ROWS = f"{PLACEMENT}columns", f"{PLACEMENT}rows"
-WAYS = [  # most important first
-    Way(MEMORY, "columns", (FAST, COLUMNS)),
-    Way(MOE, "moe", (FAST, ROUTER), (SEGMENTS,)),
-    Way(MOE, "moe_cutlass", (FAST, ROUTER), (SEGMENTS, CUTLASS)),
-    Way(MEMORY, "columns_overlap", (FAST, COLUMNS, BESIDE_FFN)),
-    Way(MEMORY, "rows", (FAST, ROWS, ALL_FIT)),
-    Way(LARGE, "cut_columns", (FAST, COLUMNS), cut=0),
-    Way(MEMORY, "columns_fp8", (FP8, COLUMNS)),
-    Way(MOE, "moe_allgather_cutlass", (FAST, ROUTER, ALLGATHER), (SEGMENTS, CUTLASS)),
-    Way(MOE, "moe_fp8", (FP8, ROUTER), (SEGMENTS,)),
-    Way(MEMORY, "columns_pp2", (FAST, COLUMNS, PP2)),
-    Way(MEMORY, "columns_tp2", (FAST, COLUMNS, TP2)),
-    Way(MOE, "moe_graphs_cutlass", (FAST, ROUTER, *GRAPHS), (SEGMENTS, CUTLASS)),
-    Way(LARGE, "cut_of_2_columns", (FAST, COLUMNS), cut=2),
-    Way(MEMORY, "auto", (FAST, f"{PLACEMENT}auto")),
-    Way(MOE, "moe_pp2", (FAST, ROUTER, PP2), (SEGMENTS,)),
-    Way(MOE, "moe_tp2", (FAST, ROUTER, TP2), (SEGMENTS,)),
-    Way(LARGE, "cut_rows", (FAST, ROWS, ALL_FIT), cut=0),
-    Way(LARGE, "cut_auto", (FAST, f"{PLACEMENT}auto"), cut=0),
-]  # fmt: skip
-# A way on its second number of ranks is as important as the way so many places further down on its first.
-STEP_DOWN = 2
-
-
-@dataclass(frozen=True)
-class Case:
-    way: Way
-    ranks: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.way.recipe}/{self.way.name}_x{self.ranks}"
-
-    def settings(self, recipes: Path, overrides: list[str]) -> list[str]:
-        """All that is set on top of the recipe, but for layers."""
-        way = list(self.way.settings)
-        replicas = self.ranks // (2 if self.way.halves else 1)
-        shared = self.ranks // (2 if PP2 in way else 1)
-        if shared == 1:  # nothing to place
-            way = [one for one in way if not one.startswith(PLACEMENT) and one not in (ALL_FIT, BESIDE_FFN)]
-        micro = _recipe(self.path(recipes), tuple(overrides)).train.micro_batch_size
-        return [
-            *overrides, *way, f"{SHARED_BY[self.way.recipe]}={shared}",
-            f"train.global_batch_size={micro * MICRO_BATCHES * replicas}",
-            f"train.steps={WARM_UP_STEPS + 2 * MEASURED_STEPS}", "schedule.warmup_steps=1",
-            "schedule.decay_steps=null", "train.eval_steps=0", "checkpoint.load=none", "train.rampup_batch_size=[]",
-        ]  # fmt: skip
-
-    def path(self, recipes: Path) -> Path:
-        return recipes / f"{self.way.recipe}.yaml"
-
-
-@functools.cache
-def _recipe(path: Path, overrides: tuple[str, ...]) -> Config:
-    return load_config(path, overrides)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A case that can run: its settings in full, and what the planner says of it."""
-
-    case: Case
-    settings: list[str]
-    plan: Evaluation
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Cases of which it is the same do the same."""
-        placed = f"{PLACEMENT}{self.plan.layout.placement.placement}"
-        settings = {placed if one.startswith(PLACEMENT) else one for one in self.settings}
-        return self.case.path(Path()), self.case.ranks, self.case.way.environment, frozenset(settings)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     quiet_dependencies()
-    return exit_status(lambda: measure_all(args) if args.child is None else _child(args))
+    action = _child if args.child else again if args.again else measure_all
+    return exit_status(lambda: action(args))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -190,29 +83,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cluster", help="preset or .yaml file that describes this machine (default: by its GPU)")
     parser.add_argument("--recipes", type=Path, default=ROOT / "examples" / "configs", help="folder of the recipes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--again", type=Path, help="results file to be predicted anew; nothing is measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="for all recipes")
     return parser.parse_args(arguments)
-
-
-def cases(ranks: list[int], ways: list[str] | None) -> list[Case]:
-    """Most important first: of every way the most ranks, then the fewest, then those between; of those that split a
-    model beside sharing its tables the fewest first, as two such cases run beside each other."""
-    known = list(dict.fromkeys(way.name for way in WAYS))
-    for name in ways or ():
-        if name not in known:
-            raise UserError(f"--ways {name}: legal: {', '.join(known)}")
-    rising = sorted(ranks)
-    most_first = [*rising[-1:], *rising[:1], *rising[-2:0:-1]] if len(rising) > 1 else rising
-    found = [
-        (place + STEP_DOWN * number, Case(way, count))
-        for place, way in enumerate(WAYS)
-        for number, count in enumerate(
-            [count for count in (rising if way.halves else most_first) if count >= way.least_ranks]
-        )
-        if ways is None or way.name in ways
-    ]
-    return [case for _, case in sorted(found, key=lambda entry: entry[0])]
 
 
 def measure_all(args: argparse.Namespace) -> None:
@@ -220,10 +94,16 @@ def measure_all(args: argparse.Namespace) -> None:
     began, gpus = time.monotonic(), torch.cuda.device_count()
     ranks = _ranks(args.ranks, gpus)
     names, places = gpu_names(gpus) if gpus else None, gpus or max(ranks)
-    cluster = cluster_of_this_machine(args.cluster)
-    rows: list[Row] = []
+    cluster, chosen = cluster_of_this_machine(args.cluster), cases(ranks, args.ways.split(",") if args.ways else None)
+    rows = _known(results_path(args.output, "scaling"))
     same: dict[tuple[object, ...], list[Planned]] = {}  # cases that one job runs
     jobs: list[Job] = []
+    done: list[str] = []
+
+    def found(case: str, figures: list[Row]) -> None:
+        done.append(case)
+        rows[case] = figures
+        write_results(args.output, "scaling", compared([row for own in rows.values() for row in own]))
 
     def ended(job: Job, problem: str) -> None:
         answer = job.log.with_suffix(".json")
@@ -232,17 +112,24 @@ def measure_all(args: argparse.Namespace) -> None:
             return
         content = json.loads(answer.read_text())
         print(f"{job.name}: {content['seconds']}", flush=True)
-        case, *others = next(group for group in same.values() if group[0].case.name == job.name)
-        measured = beside_the_plan(case, [Row(**row) for row in content["rows"]])
-        for one in (case, *others):
-            rows.extend(dataclasses.replace(row, case=one.case.name) for row in measured)
-        write_results(args.output, "scaling", rows + compared(rows))
+        measured = [Row(**row) for row in content["rows"]]
+        for one in next(group for group in same.values() if group[0].case.name == job.name):
+            figures = beside_the_plan(one.case, one.plan, measured)
+            if one.case.way.cut is not None:
+                figures.append(Row(one.case.name, "layers", one.plan.config.model.num_layers, ""))
+            found(one.case.name, figures)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for case in cases(ranks, args.ways.split(",") if args.ways else None):
-            planned = _planned(args, case, cluster)
-            if not isinstance(planned, Planned):
-                rows += planned
+        for case in chosen:
+            try:
+                planned = Planned(case, *plan_of(args.recipes, args.overrides, case, cluster))
+            except ConfigError as error:
+                print(f"{case.name} is left out: {error}", flush=True)
+                continue
+            if not planned.plan.fits:
+                needed = Row(case.name, "predicted_peak_gib", planned.plan.memory.peak / GIB, "GiB")
+                print(f"{case.name} is left out: {needed.value:.0f} GiB of {cluster.usable_gib:.0f}", flush=True)
+                found(case.name, [Row(case.name, "fits", 0.0, ""), needed])
                 continue
             if planned.identity not in same:
                 jobs.append(_job(args, planned, Path(folder), places))
@@ -256,10 +143,32 @@ def measure_all(args: argparse.Namespace) -> None:
         left = args.seconds - (time.monotonic() - began)
         in_order = [jobs[number] for number, _ in order]
         run_jobs(in_order, names, seconds=left, job_seconds=args.case_seconds, ended=ended)
-    if not rows:
+    if not done:
         raise UserError("no case ran; their output says why")
-    _show(rows + compared(rows))
-    print(write_results(args.output, "scaling", rows + compared(rows)))
+    _show([row for row in compared([row for own in rows.values() for row in own]) if row.case in done])
+    print(results_path(args.output, "scaling"))
+
+
+def again(args: argparse.Namespace) -> None:
+    """Puts what is predicted now beside what was measured; all else of the file stays."""
+    if args.cluster is None:
+        raise UserError("--again without --cluster; legal: that of the GPUs it was measured on")
+    path, cluster = args.again, cluster_of_this_machine(args.cluster)
+    rows = [row for own in _known(path).values() for row in own]
+    if not rows:
+        raise UserError(f"--again {path}: there is no such file; legal: results of this benchmark")
+    rows = compared(predicted_again(rows, args.recipes, cluster))
+    content = json.loads(path.read_text()) | {"rows": [row.__dict__ for row in rows], "predicted_at": commit()}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    _show(rows)
+
+
+def _known(path: Path) -> dict[str, list[Row]]:
+    """Rows of an earlier results file, by case."""
+    found: dict[str, list[Row]] = {}
+    for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+        found.setdefault(row["case"], []).append(Row(**row))
+    return found
 
 
 def _ranks(text: str | None, gpus: int) -> list[int]:
@@ -276,20 +185,6 @@ def _powers(gpus: int) -> list[int]:
     return [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
 
 
-def _planned(args: argparse.Namespace, case: Case, cluster: Cluster) -> Planned | list[Row]:
-    """The case, or rows that stand for it if it cannot run; says why."""
-    try:
-        settings, plan = plan_of(args, case, cluster)
-    except ConfigError as error:
-        print(f"{case.name} is left out: {error}", flush=True)
-        return []
-    if plan.memory.required <= cluster.usable_gib * GIB:
-        return Planned(case, settings, plan)
-    needed = Row(case.name, "predicted_peak_gib", plan.memory.peak / GIB, "GiB")
-    print(f"{case.name} is left out: {needed.value:.0f} GiB needed of {cluster.usable_gib:.0f}", flush=True)
-    return [Row(case.name, "fits", 0.0, ""), needed]
-
-
 def _job(args: argparse.Namespace, planned: Planned, folder: Path, places: int) -> Job:
     case = planned.case
     log = folder / f"{case.name.replace('/', '_')}.log"
@@ -301,61 +196,8 @@ def _job(args: argparse.Namespace, planned: Planned, folder: Path, places: int) 
     return Job(case.name, command, case.ranks, log, dict(case.way.environment) | threads)
 
 
-def beside_the_plan(planned: Planned, rows: list[Row]) -> list[Row]:
-    """What was measured of a case, with what the planner says of it."""
-    case, plan, found = planned.case, planned.plan, list(rows)
-    predicted = {"step_ms": plan.time.seconds * 1e3, "peak_gib": plan.memory.peak / GIB}
-    for real in rows:
-        if (value := predicted.get(real.metric)) is not None:
-            error_name = f"{real.metric.split('_')[0]}_error_percent"
-            found.append(Row(case.name, f"predicted_{real.metric}", value, real.unit))
-            found.append(Row(case.name, error_name, 100 * (value / real.value - 1), "% of the measured"))
-    if case.way.cut is not None:
-        found.append(Row(case.name, "layers", plan.config.model.num_layers, ""))
-    return found
-
-
-def plan_of(args: argparse.Namespace, case: Case, cluster: Cluster) -> tuple[list[str], Evaluation]:
-    """The settings of a case and what the planner says of it; a model that is cut has the most layers that fit, or
-    those of the smallest legal one. Raises ConfigError where no layout is legal."""
-    settings = case.settings(args.recipes, args.overrides)
-    config = load_config(case.path(args.recipes), settings)
-    model = config.model
-    if case.way.cut and case.way.cut != case.ranks:
-        _, smaller = plan_of(args, Case(case.way, case.way.cut), cluster)
-        choices = [smaller.config.model.num_layers]
-    elif case.way.cut is not None:
-        choices = list(range(model.num_layers, 0, -(model.memory.share_size if model.memory.sharing == "block" else 1)))
-    else:
-        choices = [model.num_layers]
-    problem: ConfigError | None = None
-    last: Evaluation | None = None
-    for layers in choices:
-        model = dataclasses.replace(model, num_layers=layers)
-        try:
-            last = evaluate(dataclasses.replace(config, model=model), case.ranks, cluster)
-        except ConfigError as error:
-            problem = error
-            continue
-        if last.fits:
-            break
-    if last is None:
-        assert problem is not None
-        raise problem
-    return [*settings, f"model.num_layers={last.config.model.num_layers}"], last
-
-
-def evaluate(config: Config, ranks: int, cluster: Cluster) -> Evaluation:
-    planned = on_cluster(config, cluster)
-    assert config.model.vocab_size is not None, "the recipes name it"
-    evaluator = Evaluator(planned, config.model.vocab_size, cluster)
-    if problem := evaluator.problem(planned, ranks):
-        raise ConfigError(problem)
-    return evaluator.evaluate(planned, ranks)
-
-
-def _child(args: argparse.Namespace) -> int:
-    """One rank of a case."""
+def _child(args: argparse.Namespace) -> None:
+    """One rank of a case; ends the process."""
     began = time.monotonic()
     recipe, _, _ = args.child.partition("/")
     config = load_config(args.recipes / f"{recipe}.yaml", args.overrides)
@@ -431,31 +273,6 @@ def measure(config: Config, case: str, clock: Clock) -> list[Row]:
             rows += exchange_rows(case, spans, traffic)
         clock.lap("trace")
     return rows
-
-
-def compared(rows: list[Row]) -> list[Row]:
-    """Scaling efficiency of every case, and its speed over the MoE's."""
-    values = {(row.case, row.metric): row.value for row in rows}
-    parts = {case: (case.rpartition("_x")[0], int(case.rpartition("_x")[2])) for case, _ in values}
-    own_layers = {f"{way.recipe}/{way.name}" for way in WAYS if way.cut == 0}
-    found = []
-    for case, (way, ranks) in parts.items():
-        for metric, name in (
-            ("tokens_per_s", "scaling_efficiency_percent"),
-            ("tokens_per_s_with_optimizer", "step_scaling_efficiency_percent"),
-        ):
-            known = {parts[other][1] for other, one in values if one == metric and parts[other][0] == way}
-            if (case, metric) in values and ranks > min(known) and way not in own_layers:
-                ideal = values[f"{way}_x{min(known)}", metric] * ranks / min(known)
-                found.append(Row(case, name, 100 * values[case, metric] / ideal, f"% of x{min(known)}"))
-        moe = [
-            values[other, "tokens_per_s"]
-            for other, (name, count) in parts.items()
-            if name.startswith(MOE) and count == ranks and (other, "tokens_per_s") in values
-        ]
-        if moe and way.startswith(MEMORY) and (case, "tokens_per_s") in values:
-            found.append(Row(case, "times_the_moe", values[case, "tokens_per_s"] / max(moe), "x"))
-    return found
 
 
 def _show(rows: list[Row]) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of measured results in README.md, docs/comparison.md and docs/planner.md from
+"""Writes the tables of measured results in README.md, docs/comparison.md, docs/scaling.md and docs/planner.md from
 benchmarks/results/*.json; `--check` only compares."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOWN = {
         "received_gb_s_256_mib", "tokens_per_s_with_optimizer", "step_cost_percent", "exchange_gb_s", "peak_gib",
         "table_gib", "table_gib_on_one",
     ],
-    "scaling": ["tokens_per_s", "scaling_efficiency_percent", "times_the_moe", "exchange_gb_s", "peak_gib"],
+    "scaling": ["tokens_per_s", "scaling_efficiency_percent", "times_the_moe"],
     "conversion": ["checkpoint_mib", "largest_tensor_mib", "tiny_model_peak_mib", "to_hf_peak_mib", "from_hf_peak_mib"],
     "offload": ["trains", "step_cost_percent", "peak_gib", "tables_with_state_gib"],
     "soak": ["restarts", "checkpoints_equal_by_every_bit", "checkpoints_lost"],
@@ -35,7 +35,11 @@ SHOWN = {
 }  # fmt: skip
 SWEPT = re.compile(r"T\d+_m\d+_")  # cases of a sweep are for plots, not for a table
 ABLATED = re.compile(r"/throughput\w*-")  # presets without one of their settings: how fast they are says it all
-WAY = re.compile(r"_\d+[mb]/(?!none$|throughput)")  # of running a recipe that is no preset: for docs/comparison.md
+# Ways of running a recipe that are for other pages: no preset (docs/comparison.md), no first way (docs/scaling.md).
+OTHER_WAYS = {
+    "training": re.compile(r"_\d+[mb]/(?!none$|throughput)"),
+    "scaling": re.compile(r"/(?!columns_x|moe_x|cut_columns_x)"),
+}
 OURS, MOE, DENSE = "ultramemv2_227m_1b", "olmoe_227m_1b", "dense_227m"  # of tools/bench_baselines.py
 BUSY_PERCENT = 90  # of the wall time: from there on the GPU binds a case, below the host that launches its kernels
 
@@ -48,6 +52,7 @@ def main() -> int:
         (ROOT / "README.md", {"results": table(RESULTS)}),
         (ROOT / "docs" / "comparison.md", {"speed": speed(RESULTS), "learning": learning(RESULTS)}),
         (ROOT / "docs" / "planner.md", {"plan": plan(RESULTS)}),
+        (ROOT / "docs" / "scaling.md", {"scaling": scaling(RESULTS)}),
     ):
         text = path.read_text()
         wanted = text
@@ -86,7 +91,7 @@ def table(folder: Path) -> str:
             for row in content["rows"]
             if row["metric"] in SHOWN[benchmark]
             and not SWEPT.match(row["case"])
-            and not WAY.search(row["case"])
+            and not (benchmark in OTHER_WAYS and OTHER_WAYS[benchmark].search(row["case"]))
             and not (ABLATED.search(row["case"]) and row["metric"] != "tokens_per_s")
         ]
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
@@ -196,6 +201,30 @@ def plan(folder: Path) -> str:
                     f"| {content['hardware']} | `{case}` | {metric} | {predicted} | {measured} | {error:+.1f} % |"
                 )
     return "\n".join(lines) + "\n"
+
+
+# Columns of docs/scaling.md: heading, metric.
+SCALING = {
+    "layers": "layers", "tokens/s": "tokens_per_s", "of ideal, %": "scaling_efficiency_percent",
+    "steps, of ideal, %": "step_scaling_efficiency_percent", "times the MoE": "times_the_moe",
+    "exchange, GB/s": "exchange_gb_s", "hidden, %": "exchange_hidden_percent", "step, ms": "step_ms",
+    "predicted, ms": "predicted_step_ms", "error, %": "step_error_percent", "peak, GiB": "peak_gib",
+    "predicted, GiB": "predicted_peak_gib",
+}  # fmt: skip
+
+
+def scaling(folder: Path) -> str:
+    """Markdown of what tools/bench_scaling.py found on each machine: a line for a case."""
+    parts = []
+    for path in sorted(folder.glob("scaling_*.json")):
+        content = json.loads(path.read_text())
+        lines = ["| case | " + " | ".join(SCALING) + " |", "|---" * (len(SCALING) + 1) + "|"]
+        for case, own in _cases(content).items():
+            cells = [_number(own[metric]) if metric in own else "" for metric in SCALING.values()]
+            lines.append(f"| `{case}` | " + " | ".join(cells) + " |")
+        head = f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n"
+        parts.append(head + "\n".join(lines) + "\n")
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 def _cases(content: dict[str, Any]) -> Cases:

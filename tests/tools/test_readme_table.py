@@ -91,3 +91,19 @@ def test_the_learning_curve_is_shown_with_its_table(tmp_path: Path) -> None:
 def test_predictions_stand_beside_measurements(tmp_path: Path) -> None:
     write(tmp_path, "plan", {"r/as_is": {"step_ms_predicted": 90.0, "step_ms_measured": 100.0, "step_ms_error": -10.0}})
     assert "| a GPU | `r/as_is` | step_ms | 90 x | 100 x | -10.0 % |" in script("readme_table").plan(tmp_path)
+
+
+def test_a_case_of_weak_scaling_is_a_line_and_the_readme_has_the_first_ways(tmp_path: Path) -> None:
+    cases = {
+        "ultramemv2_1b_7b/columns_x4": {"tokens_per_s": 4000.0, "scaling_efficiency_percent": 91.0, "step_ms": 8.0},
+        "ultramemv2_1b_7b/columns_overlap_x4": {"tokens_per_s": 3.0},
+        "olmoe_1b_7b/moe_x4": {"tokens_per_s": 2.0},
+        "ultramemv2_2_5b_120b_top256/cut_columns_x1": {"fits": 0.0, "predicted_peak_gib": 256.0},
+    }
+    write(tmp_path, "scaling", cases)
+    tool = script("readme_table")
+    lines = tool.scaling(tmp_path).splitlines()
+    assert len(lines) == 2 + 2 + len(cases) and len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[4].startswith("| `ultramemv2_1b_7b/columns_x4` |  | 4,000 | 91 |") and "| 256 |" in lines[-1]
+    shown = [line.split("`")[1] for line in tool.table(tmp_path).splitlines()[2:]]
+    assert shown == ["ultramemv2_1b_7b/columns_x4"] * 2 + ["olmoe_1b_7b/moe_x4"]

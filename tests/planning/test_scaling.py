@@ -1,0 +1,88 @@
+"""The cases of tools/bench_scaling.py: which come first, are legal and fit, and what follows from their figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ultramem.config import load_config
+from megatron_ultramem.planning import scaling
+from megatron_ultramem.planning.clusters import Cluster, load_cluster
+from megatron_ultramem.planning.evaluate import Evaluation
+from megatron_ultramem.results import Row
+
+RECIPES = Path(__file__).parents[2] / "examples" / "configs"
+
+
+def plan_of(case: scaling.Case, cluster: Cluster) -> tuple[list[str], Evaluation]:
+    return scaling.plan_of(RECIPES, [scaling.UNUSED_DATA], case, cluster)
+
+
+def test_the_most_important_cases_come_first() -> None:
+    names = [case.name for case in scaling.cases([1, 2, 4], None)]
+    assert len(set(names)) == len(names)
+    goals = [
+        f"{scaling.MEMORY}/columns_x4",
+        f"{scaling.MEMORY}/columns_x1",
+        f"{scaling.MOE}/moe_x4",
+        f"{scaling.MOE}/moe_x1",
+    ]
+    assert set(goals) <= set(names[:6]) and names[0] == goals[0]
+    assert not {f"{scaling.MEMORY}/columns_tp2_x1", f"{scaling.MOE}/moe_pp2_x1"} & set(names)
+    assert names.index(f"{scaling.MEMORY}/columns_pp2_x2") < names.index(f"{scaling.MEMORY}/columns_pp2_x4")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_cases_of_whole_recipes_are_legal_and_fit_an_h200(ranks: int) -> None:
+    whole = [case for case in scaling.cases([ranks], None) if case.way.cut is None]
+    too_large = [case.name for case in whole if not plan_of(case, load_cluster("h200"))[1].fits]
+    assert too_large == ([f"{scaling.MOE}/moe_fp8_x1"] if ranks == 1 else [])  # experts in FP8 beside those in bf16
+
+
+def test_a_cut_model_has_the_most_layers_that_fit() -> None:
+    cluster = load_cluster("h200")
+    (two,) = (case for case in scaling.cases([2], ["cut_columns"]))
+    settings, plan = plan_of(two, cluster)
+    layers = plan.config.model.num_layers
+    assert plan.fits and layers < 32 and settings[-1] == f"model.num_layers={layers}"
+    deeper = load_config(two.path(RECIPES), [*settings, f"model.num_layers={layers + 4}"])
+    assert not scaling.evaluate(deeper, 2, cluster).fits
+    (four,) = (case for case in scaling.cases([4], ["cut_of_2_columns"]))
+    assert plan_of(four, cluster)[0][-1] == settings[-1]
+
+
+def test_cases_that_come_to_the_same_are_known_to_be_the_same() -> None:
+    cluster = load_cluster("h200")
+    found = {
+        case.name.partition("/")[2]: scaling.Planned(case, *plan_of(case, cluster)).identity
+        for case in scaling.cases([1, 4], ["columns", "rows", "auto", "columns_overlap", "columns_fp8"])
+    }
+    assert len({found[f"{way}_x1"] for way in ("columns", "rows", "auto", "columns_overlap")}) == 1
+    assert found["columns_fp8_x1"] != found["columns_x1"]
+    assert len({found[f"{way}_x4"] for way in ("columns", "rows", "columns_overlap", "columns_fp8")}) == 4
+    assert found["auto_x4"] == found["columns_x4"]
+
+
+def test_efficiency_is_against_the_fewest_ranks_and_speed_against_the_best_moe() -> None:
+    speeds = {
+        f"{scaling.MEMORY}/rows_x1": 10.0, f"{scaling.MEMORY}/rows_x4": 36.0, f"{scaling.MOE}/moe_x4": 9.0,
+        f"{scaling.MOE}/moe_tp2_x4": 12.0, f"{scaling.LARGE}/cut_rows_x2": 5.0, f"{scaling.LARGE}/cut_rows_x4": 5.0,
+        f"{scaling.LARGE}/cut_of_2_columns_x2": 5.0, f"{scaling.LARGE}/cut_of_2_columns_x4": 8.0,
+    }  # fmt: skip
+    rows = [Row(case, "tokens_per_s", value, "") for case, value in speeds.items()]
+    rows += [Row(f"{scaling.MEMORY}/rows_x{ranks}", "tokens_per_s_with_optimizer", 2.0 * ranks, "") for ranks in (1, 4)]
+    rows.append(Row(f"{scaling.LARGE}/cut_rows_x1", "fits", 0.0, ""))
+    values = {(row.case, row.metric): row.value for row in scaling.compared(rows) if row.metric in scaling.COMPARED}
+    assert values == {
+        (f"{scaling.MEMORY}/rows_x4", "scaling_efficiency_percent"): pytest.approx(90.0),
+        (f"{scaling.MEMORY}/rows_x4", "step_scaling_efficiency_percent"): pytest.approx(100.0),
+        (f"{scaling.MEMORY}/rows_x4", "times_the_moe"): pytest.approx(3.0),
+        (f"{scaling.LARGE}/cut_of_2_columns_x4", "scaling_efficiency_percent"): pytest.approx(80.0),
+    }
+
+
+def test_figures_of_cases_lead_back_to_them() -> None:
+    for case in scaling.cases([1, 2, 8], None):
+        assert scaling.case_named(case.name) == case
+    assert scaling.case_named(f"{scaling.MEMORY}/other_x2") is None
