@@ -17,7 +17,15 @@ from megatron_ultramem.planning.evaluate import RECOMPUTE_MODES, Evaluation, Eva
 from megatron_ultramem.planning.flops import FlopsPerToken, flops_per_token
 from megatron_ultramem.planning.memory import RankMemory, host_memory
 from megatron_ultramem.planning.parameters import ParameterCounts, count_parameters
-from megatron_ultramem.planning.search import Found, as_overrides, binding_constraint, needs, search, smallest_cluster
+from megatron_ultramem.planning.search import (
+    Found,
+    as_overrides,
+    binding_constraint,
+    largest_cluster,
+    needs,
+    search,
+    smallest_cluster,
+)
 
 
 @dataclass(frozen=True)
@@ -147,11 +155,16 @@ def _cannot_be_laid_out(evaluator: Evaluator, config: Config, found: Found) -> s
     name = evaluator.cluster.name
     if smallest is None:
         return f"no layout fits {found.gpus} x {name}: {constraint}; no cluster of up to 16384 of them would do either"
-    settings = as_overrides(smallest.settings())
-    return (
+    said = (
         f"no layout fits {found.gpus} x {name}: {constraint}; the smallest cluster that would do: "
-        f"{smallest.layout.gpus} x {name}, with {settings}"
+        f"{smallest.layout.gpus} x {name}, with {as_overrides(smallest.settings())}"
     )
+    if smallest.layout.gpus < found.gpus:
+        largest = largest_cluster(evaluator, config, found.gpus) or smallest
+        said += (
+            f"; the largest with fewer GPUs: {largest.layout.gpus} x {name}, with {as_overrides(largest.settings())}"
+        )
+    return said
 
 
 def _busiest(evaluator: Evaluator, shown: Evaluation) -> dict[str, Transfer]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_ultramem.config.schema import Config
@@ -61,7 +61,17 @@ def search(evaluator: Evaluator, config: Config, gpus: int) -> Found:
 
 def smallest_cluster(evaluator: Evaluator, config: Config) -> Evaluation | None:
     """The fastest layout on the fewest GPUs (of whole nodes, or a part of one) on which any layout fits."""
-    for gpus in _cluster_sizes(evaluator.cluster.gpus_per_node):
+    return _first_that_fits(evaluator, config, _cluster_sizes(evaluator.cluster.gpus_per_node))
+
+
+def largest_cluster(evaluator: Evaluator, config: Config, below: int) -> Evaluation | None:
+    """The fastest layout on the most GPUs, under `below`, on which any fits: where the batch is too small for more."""
+    sizes = [gpus for gpus in _cluster_sizes(evaluator.cluster.gpus_per_node) if gpus < below]
+    return _first_that_fits(evaluator, config, reversed(sizes))
+
+
+def _first_that_fits(evaluator: Evaluator, config: Config, sizes: Iterable[int]) -> Evaluation | None:
+    for gpus in sizes:
         if next(_fitting(evaluator, config, gpus, Refusals()), None) is not None:
             return search(evaluator, config, gpus).fitting[0]
     return None

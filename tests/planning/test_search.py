@@ -100,6 +100,10 @@ def test_where_the_batch_binds_the_message_names_it() -> None:
     said = str(error.value)
     assert "the global batch binds: train.global_batch_size = 3 is not a multiple" in said
     assert "the smallest cluster that would do: 1 x h100" in said
+    largest = int(said.split("the largest with fewer GPUs: ")[1].split(" x h100")[0])
+    assert 1 < largest < 128
+    settings = said.split("with ")[-1].split()
+    validate_world(load_config(None, [*SMALL, "train.global_batch_size=3", *settings]), largest)
 
 
 def test_a_layout_that_does_not_fit_is_explained_beside_those_that_do() -> None:
