@@ -458,8 +458,8 @@ class TrainConfig:
     )
     cuda_graphs: str = setting(
         "none",
-        "What is recorded as CUDA graphs, which spare the host most of its launches: memory (the memory layers, with "
-        "value tables replicated or by columns, without pipeline parallelism), full (the whole model; needs "
+        "What is recorded as CUDA graphs, which spare the host most of its launches: memory (memory layers of "
+        "kind ultramem_v2, without pipeline parallelism), full (the whole model, of any kind but an MoE; needs "
         "Transformer Engine), layers (Megatron's: attention, routers and dense FFNs of models without memory; needs "
         "Transformer Engine), or none.",
         choices=("none", "memory", "full", "layers"),
