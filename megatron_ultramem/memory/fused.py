@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from ultramem_kernels import KeptKeys, quantize_, rms_norm_swapped, search
-from ultramem_kernels.lookup.ops import run_lookup_backward, run_lookup_forward
+from ultramem_kernels.lookup.ops import run_lookup_backward, run_lookup_forward, sort_for_backwards
 
 from megatron_ultramem.memory.fp8_table import Fp8Table, Table
+from megatron_ultramem.memory.lookup_reference import SortedRows
 
 PADDING = -1  # the index that means no row
 
@@ -105,6 +106,26 @@ class FusedLookup:
             **_scales(None, pre_values),
         )
 
+    def sort_rows(
+        self,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: Table,
+        column_start: int,
+        core_width: int,
+        padded: bool = False,
+    ) -> SortedRows | None:
+        return sort_for_backwards(
+            indices_TM.contiguous(),
+            weights_TMC,
+            _numbers(values),
+            core_width,
+            column_start,
+            padding_index=PADDING if padded else None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            dtype=_scales(values, None)["dtype"],
+        )
+
     def dots_backward(
         self,
         grad_dots_TM: torch.Tensor,
@@ -113,6 +134,7 @@ class FusedLookup:
         pre_values: Table,
         pre_values_grad: torch.Tensor | None,
         padded: bool = False,
+        sorted_rows: SortedRows | None = None,
     ) -> torch.Tensor:
         grad_pre_input, _ = run_lookup_backward(
             indices_TM.contiguous(),
@@ -131,6 +153,7 @@ class FusedLookup:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             backend=None,
             **_scales(None, pre_values),
+            **_sorted(sorted_rows),
         )
         return grad_pre_input.to(pre_input_TD.dtype)
 
@@ -168,6 +191,7 @@ class FusedLookup:
         core_width: int,
         values_grad: torch.Tensor | None,
         padded: bool = False,
+        sorted_rows: SortedRows | None = None,
     ) -> torch.Tensor:
         _, grad_weights = run_lookup_backward(
             indices_TM.contiguous(),
@@ -186,6 +210,7 @@ class FusedLookup:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             backend=None,
             **_scales(values, None),
+            **_sorted(sorted_rows),
         )
         return grad_weights
 
@@ -203,6 +228,10 @@ def _scales(values: Table | None, pre_values: Table | None) -> dict[str, Any]:
         "pre_value_scales": pre_values.scales if isinstance(pre_values, Fp8Table) else None,
         "dtype": first.dtype if isinstance(first, Fp8Table) else None,
     }
+
+
+def _sorted(rows: SortedRows | None) -> dict[str, Any]:
+    return {} if rows is None else {"sorted_rows": rows[0], "sorted_order": rows[1]}
 
 
 def fused_norms(

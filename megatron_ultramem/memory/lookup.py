@@ -24,6 +24,7 @@ import torch
 
 from megatron_ultramem.memory import lookup_reference
 from megatron_ultramem.memory.fp8_table import Fp8Table, Table
+from megatron_ultramem.memory.lookup_reference import SortedRows
 from megatron_ultramem.memory.numerics import accumulation_dtype
 
 
@@ -71,6 +72,18 @@ class LookupBackend(Protocol):
     ) -> torch.Tensor:
         """<x', P[row]> over the columns at hand, [T, M] in the accumulation dtype."""
 
+    def sort_rows(
+        self,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: Table,
+        column_start: int,
+        core_width: int,
+        padded: bool = False,
+    ) -> SortedRows | None:
+        """What `weighted_sum_backward` with these arguments and `dots_backward` of the same rows would each find out;
+        None where there is nothing to share."""
+
     def dots_backward(
         self,
         grad_dots_TM: torch.Tensor,
@@ -79,6 +92,7 @@ class LookupBackend(Protocol):
         pre_values: Table,
         pre_values_grad: torch.Tensor | None,
         padded: bool = False,
+        sorted_rows: SortedRows | None = None,
     ) -> torch.Tensor:
         """Gradient of pre_input, in its dtype."""
 
@@ -103,6 +117,7 @@ class LookupBackend(Protocol):
         core_width: int,
         values_grad: torch.Tensor | None,
         padded: bool = False,
+        sorted_rows: SortedRows | None = None,
     ) -> torch.Tensor:
         """Gradient of the weights [T, M, C] in the accumulation dtype."""
 

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from megatron_ultramem.memory.fp8_table import Fp8Table, Table, quantize_
 from megatron_ultramem.memory.numerics import accumulation_dtype, tokens_per_chunk
 
+SortedRows = tuple[torch.Tensor, torch.Tensor]  # rows in ascending order, and their places before; as a backend likes
+
 
 class ReferenceLookup:
     """`LookupBackend` in plain PyTorch, for every device."""
@@ -88,6 +90,17 @@ class ReferenceLookup:
             dots_TM[part] = _dots(_rows(pre_values, indices_TM[part], padded), pre_input_TD[part])
         return dots_TM
 
+    def sort_rows(
+        self,
+        indices_TM: torch.Tensor,
+        weights_TMC: torch.Tensor,
+        values: Table,
+        column_start: int,
+        core_width: int,
+        padded: bool = False,
+    ) -> None:
+        return None
+
     def dots_backward(
         self,
         grad_dots_TM: torch.Tensor,
@@ -96,6 +109,7 @@ class ReferenceLookup:
         pre_values: Table,
         pre_values_grad: torch.Tensor | None,
         padded: bool = False,
+        sorted_rows: SortedRows | None = None,
     ) -> torch.Tensor:
         dtype = accumulation_dtype(pre_values.dtype)
         grad_pre_input_TD = torch.empty_like(pre_input_TD)
@@ -138,6 +152,7 @@ class ReferenceLookup:
         core_width: int,
         values_grad: torch.Tensor | None,
         padded: bool = False,
+        sorted_rows: SortedRows | None = None,
     ) -> torch.Tensor:
         dtype = accumulation_dtype(values.dtype)
         grad_weights_TMC = torch.zeros(weights_TMC.shape, dtype=dtype, device=values.device)

@@ -104,8 +104,10 @@ class ColumnsExchange:
         tokens, pre_input_dtype = saved.plan
         P, dtype, largest = self.channel.ranks, values.dtype, len(scores_TMC)
         (grad_AV,) = self._to_all("backward", [_slices(_pad(grad_pooled_TV.to(dtype), largest), P)])
+        at, both = (self.column_start, self.core_width), values_grad is not None and pre_values_grad is not None
+        sorted_rows = self.backend.sort_rows(index_AM, weights_AMK, values, *at, self.padded) if both else None
         grad_weights_AMK = self.backend.weighted_sum_backward(
-            grad_AV, index_AM, weights_AMK, values, self.column_start, self.core_width, values_grad, self.padded
+            grad_AV, index_AM, weights_AMK, values, *at, values_grad, self.padded, sorted_rows
         )
         grad_weights_TMC = self._return_cores("backward", grad_weights_AMK.to(dtype), scores_TMC)
         if pre_values.shape[1] == 0:
@@ -115,7 +117,7 @@ class ColumnsExchange:
         grad_dots_TM = (scores_TMC * grad_weights_TMC).sum(-1) * activation_slope(dots_TM, self.activation)
         (grad_dots_AM,) = self._to_all("backward", [grad_dots_TM.to(dtype).expand(P, -1, -1).flatten(0, 1)])
         grad_pre_AD = self.backend.dots_backward(
-            grad_dots_AM, index_AM, pre_AD, pre_values, pre_values_grad, self.padded
+            grad_dots_AM, index_AM, pre_AD, pre_values, pre_values_grad, self.padded, sorted_rows
         )
         (grad_pre_AD,) = self._to_all("backward", [grad_pre_AD])
         return grad_scores_TMC[:tokens].to(scores_TMC.dtype), _joined(grad_pre_AD, P)[:tokens].to(pre_input_dtype)

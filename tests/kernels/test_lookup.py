@@ -7,7 +7,7 @@ import torch
 from kernel_helpers import FAST_BACKENDS, relative_error
 from ultramem_kernels import lookup, pre_value_dot, weighted_sum
 from ultramem_kernels.lookup import reference
-from ultramem_kernels.lookup.ops import lookup_backward
+from ultramem_kernels.lookup.ops import lookup_backward, run_lookup_backward, sort_for_backwards
 
 # tokens, m, rows, Dp, Dv, cores
 SHAPES = [
@@ -87,6 +87,40 @@ def test_table_gradients_are_added_to_main_grad_and_nowhere_else(backend, device
     assert values.grad is None and pre_values.grad is None
     assert relative_error(values.main_grad - 0.5, wanted[2]) < 1e-5
     assert relative_error(pre_values.main_grad + 0.5, wanted[3]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("padding", [None, 3])
+def test_backwards_over_the_same_rows_can_share_their_sort(backend, padding, device):
+    indices, weights, x, values, pre_values = inputs((24, 9, 14, 16, 32, 2), torch.bfloat16, device)
+    grad_out, grad_dots = torch.randn(24, 32, device=device).bfloat16(), torch.randn(24, 9, device=device)
+    place = (16, 0)  # core width, first column
+    how = {"deterministic": True, "backend": backend}
+    entries = sort_for_backwards(indices, weights, values, *place, padding_index=padding, **how)
+    assert entries is not None
+
+    def gradients(**shared):
+        buffers = [torch.zeros(table.shape, device=device) for table in (values, pre_values)]
+        options = {"activation": "none", "core_width": 16, "column_start": 0, "row_start": 0, "padding_index": padding}
+        of_sum = run_lookup_backward(
+            indices, weights, None, values, None, grad_out, buffers[0], None, **options, **how, **shared
+        )
+        of_dots = run_lookup_backward(
+            indices, None, x, None, pre_values, grad_dots, None, buffers[1], **options, **how, **shared
+        )
+        return [*of_sum, *of_dots, *buffers]
+
+    alone = gradients()
+    shared = gradients(sorted_rows=entries[0], sorted_order=entries[1])
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+    wrong = gradients(sorted_rows=entries[0], sorted_order=entries[1].flip(0))
+    assert not torch.equal(alone[-1], wrong[-1])  # it was used
+
+
+def test_what_runs_by_atomics_or_by_the_reference_sorts_nothing(device):
+    indices, weights, _, values, _ = inputs((24, 9, 14, 16, 32, 2), torch.bfloat16, device)
+    for how in ({"backend": "reference", "deterministic": True}, {"backend": "triton", "deterministic": False}):
+        assert sort_for_backwards(indices, weights, values, 16, 0, padding_index=None, **how) is None
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])

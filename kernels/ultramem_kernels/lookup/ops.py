@@ -136,11 +136,13 @@ def run_lookup_backward(
     value_scales: Optional[torch.Tensor] = None,
     pre_value_scales: Optional[torch.Tensor] = None,
     dtype: Optional[torch.dtype] = None,
+    sorted_rows: Optional[torch.Tensor] = None,
+    sorted_order: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of pre_input, gradient of weights), and the tables' gradients added in place where buffers are given.
 
     A gradient that does not exist is an empty tensor. Scales and `dtype`: as in `run_lookup_forward`; the tables'
-    gradients are then those of scale * code.
+    gradients are then those of scale * code. `sorted_rows` and `sorted_order`: of `sort_for_backwards`.
     """
     chosen = _backend(backend, indices, weights, values, pre_values, core_width, column_start, dtype)
     w, x, v, p = _present(weights, pre_input, values, pre_values)
@@ -160,8 +162,12 @@ def run_lookup_backward(
         if buffer is not None and buffer.data_ptr() % 16 and chosen == "cuda":
             chosen = "triton"  # which needs no aligned vectors
 
+    entries = None
+    if sorted_rows is not None and sorted_order is not None and sorted_order.dtype == _ORDER_DTYPES[chosen]:
+        entries = sorted_rows, sorted_order
+
     def run(how: str, grad: torch.Tensor = grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return _backward(chosen, how, indices, w, x, v, p, grad, grad_values, grad_pre_values, options, dtype)
+        return _backward(chosen, how, indices, w, x, v, p, grad, grad_values, grad_pre_values, options, dtype, entries)
 
     if grad_values is None and grad_pre_values is None:
         how = "atomic"  # of nothing: without the factors that segments need
@@ -195,8 +201,10 @@ def _backward(
     grad_pre_values: torch.Tensor | None,
     options: dict[str, Any],
     dtype: torch.dtype | None,
+    entries: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of pre_input and weights by the kernels; those of the tables by atomics or by sorted segments."""
+    """Gradients of pre_input and weights by the kernels; those of the tables by atomics or by sorted segments, of
+    `entries` if they are sorted already."""
     atomic = how == "atomic"
     grad_out, grad_dots = (grad, None) if v is not None else (None, grad)
     of_values, of_pre_values = (grad_values, grad_pre_values) if atomic else (None, None)
@@ -215,12 +223,36 @@ def _backward(
         )  # fmt: skip
     if not atomic:
         rows = (v if v is not None else p).shape[0]
+        if entries is None:
+            entries = sorted_entries(chosen, indices, rows, options["row_start"], options["padding_index"])
         add_sorted(
-            sorted_entries(chosen, indices, rows, options["row_start"], options["padding_index"]), chosen,
-            indices.shape[1], (grad_pre_values, x, d_dots), (grad_values, grad_out, final), options["core_width"],
-            options["column_start"], how,
+            entries, chosen, indices.shape[1], (grad_pre_values, x, d_dots), (grad_values, grad_out, final),
+            options["core_width"], options["column_start"], how,
         )  # fmt: skip
     return d_input, d_weights
+
+
+_ORDER_DTYPES = {"cuda": torch.int32, "triton": torch.int64}
+
+
+def sort_for_backwards(
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    values: torch.Tensor,
+    core_width: int,
+    column_start: int,
+    *,
+    padding_index: int | None,
+    deterministic: bool,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(sorted rows, sorted order) for the backwards of a weighted sum and of dots over the same rows, which would each
+    sort them; None where they need not be sorted. Arguments: those of the weighted sum."""
+    chosen = _backend(backend, indices, weights, values, None, core_width, column_start, dtype)
+    if chosen == "reference" or not (deterministic or (chosen == "cuda" and indices.numel() >= ATOMIC_BELOW)):
+        return None
+    return sorted_entries(chosen, indices, values.shape[0], 0, padding_index)
 
 
 def _readable(
