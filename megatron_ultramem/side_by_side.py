@@ -73,6 +73,10 @@ class Job:
                 process.stdin.write(f"{port}\n".encode())
                 process.stdin.close()
 
+    @property
+    def began(self) -> bool:
+        return self._began > 0
+
     def outcome(self, seconds: float) -> str | None:
         """None while it goes on; '' if it is done; otherwise what went wrong, and then its ranks have been ended.
 

@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
@@ -108,7 +108,7 @@ def measure_all(args: argparse.Namespace) -> None:
     def ended(job: Job, problem: str) -> None:
         answer = job.log.with_suffix(".json")
         if not answer.exists():
-            print(f"{job.name} {problem}", job.last_words(), sep="\n", flush=True)
+            print(f"{job.name} {problem}", *([job.last_words()] if job.began else []), sep="\n", flush=True)
             return
         content = json.loads(answer.read_text())
         print(f"{job.name}: {content['seconds']}", flush=True)
@@ -278,11 +278,11 @@ def measure(config: Config, case: str, clock: Clock) -> list[Row]:
 def _show(rows: list[Row]) -> None:
     shown = ["tokens_per_s", "scaling_efficiency_percent", "times_the_moe", "exchange_gb_s", "peak_gib",
              "peak_error_percent", "step_error_percent"]  # fmt: skip
-    table = Table("case", *shown)
+    table = Table(Column("case", no_wrap=True), *shown)
     values = {(row.case, row.metric): row.value for row in rows}
     for case in dict.fromkeys(row.case for row in rows):
         table.add_row(case, *(f"{values[case, name]:,.4g}" if (case, name) in values else "" for name in shown))
-    Console(width=160).print(table)
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":

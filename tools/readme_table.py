@@ -219,12 +219,26 @@ def scaling(folder: Path) -> str:
     for path in sorted(folder.glob("scaling_*.json")):
         content = json.loads(path.read_text())
         lines = ["| case | " + " | ".join(SCALING) + " |", "|---" * (len(SCALING) + 1) + "|"]
-        for case, own in _cases(content).items():
-            cells = [_number(own[metric]) if metric in own else "" for metric in SCALING.values()]
+        cases = _cases(content)
+        for case in sorted(cases, key=lambda case: ("step_ms" not in cases[case], *_way_and_ranks(case))):
+            own = cases[case]
+            cells = [
+                ""
+                if metric not in own
+                else f"{round(own[metric], 1) + 0.0:g}"
+                if "%" in heading
+                else _number(own[metric])
+                for heading, metric in SCALING.items()
+            ]
             lines.append(f"| `{case}` | " + " | ".join(cells) + " |")
         head = f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n"
         parts.append(head + "\n".join(lines) + "\n")
     return "\n".join(parts) or "Not measured yet.\n"
+
+
+def _way_and_ranks(case: str) -> tuple[str, int]:
+    way, _, ranks = case.rpartition("_x")
+    return way, int(ranks)
 
 
 def _cases(content: dict[str, Any]) -> Cases:

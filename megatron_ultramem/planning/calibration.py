@@ -9,7 +9,8 @@ from __future__ import annotations
 
 # Shares of the peak of matrix products, dense bf16.
 MATMUL = 0.80  # large products: 794 of 989.5 TFLOP/s
-# Of the peak of FP8 (Cluster.fp8_times). Assumed, below bf16's as larger peaks are harder to reach; not measured yet.
+# Of the peak of FP8 (Cluster.fp8_times). Assumed, as are casts and launches in FP8 below; with them a step of 1B/7B in
+# FP8 was predicted within 5 % before it was measured (scaling_h200x4.json).
 MATMUL_FP8 = 0.60
 ATTENTION_FORWARD = 0.45  # fused attention, counting the causal half
 ATTENTION_BACKWARD = 0.36
@@ -30,28 +31,28 @@ ADAM_BYTES = 38  # for a parameter of a rank's share: gradient twice, master and
 # included: 362 ms for 995M and 1648 ms for 4964M, with DeepSpeed on 16 cores (offload_h100.json).
 HOST_ADAM_RATE = 2.75e9
 # Of a cast of bf16 to FP8, for a number, by recipe: read, and written as it is and transposed; its own scale takes a
-# reading before. Counted, not measured.
+# reading before.
 FP8_CAST_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4}
 GRADIENT_BYTES = 12  # for a weight in a micro-batch: its gradient written and read, and added to main_grad in fp32
 FUSED_GRADIENT_BYTES = 8  # train.fused_weight_gradients: added in the product's epilogue
 
 # Kernel launches (of Cluster.launch_us, with what Python does around each), forward and backward of one micro-batch.
 # From wall times of micro-batches that were bound by the host: 108.8 ms for 20 dense blocks, 168.9 ms for 20 with
-# memory (plan_h100.json), 20.4 ms for an MoE layer of 64 experts where the dense FFN took 2.2 ms.
+# memory (plan_h100.json).
 BLOCK_LAUNCHES = 324  # norms, attention, residual
 FFN_LAUNCHES = 220
 MEMORY_LAUNCHES = 300
 # From micro-batches of the same model on two H200s (memory_parallel_h200x2.json).
 # A memory layer as CUDA graphs, with what goes in and out of them: 145 ms. Megatron's graphs of a layer are assumed to
-# take as long; they record about half of what MOE_LAUNCHES counts.
+# take as long, and to record half of what MOE_LAUNCHES counts; no MoE with them was measured.
 GRAPH_LAUNCHES = 180
 EXCHANGE_LAUNCHES = 3  # for every message of a memory exchange: 174 ms by columns, without graphs
-MOE_LAUNCHES = 440  # router and dispatch
-EXPERT_LAUNCHES = 25  # for every expert on the rank
-# Where ranks share experts: the dispatcher, which waits for the number of tokens of each expert. From 316 ms for 16
-# layers with 32 of 64 experts on each of two H200s (olmoe_1b_7b).
-DISPATCH_LAUNCHES = 400
-FP8_LAUNCHES = 12  # for every linear in FP8: largest numbers and casts of input and gradient. Counted, not measured
+# A block with an MoE of 64 experts took 19.2 ms on one H200 and 25.8 ms on one H100, with 32 of them on each of two
+# H200s 20.3 ms, with 16 on each of four 19.1 and 20.0 ms (scaling_h200x4.json, training_h100.json): between these.
+MOE_LAUNCHES = 1350  # router, permutation, grouped products
+EXPERT_LAUNCHES = 8.5  # for every expert on the rank
+DISPATCH_LAUNCHES = 200  # where ranks share experts: all-to-alls, and waiting for each expert's number of tokens
+FP8_LAUNCHES = 12  # for every linear in FP8: largest numbers and casts of input and gradient
 FORWARD_SHARE = 0.4  # of them in the forward pass, which a recomputation issues again
 # Once a step, for every block: clipping, Adam, singular vectors. From 775 ms for a step of 4 micro-batches of 168.9 ms.
 STEP_LAUNCHES = 270
