@@ -111,7 +111,7 @@ def test_lookup_by_token_equals_the_reference(shape, mode):
 
 
 @pytest.mark.parametrize(
-    "shape", [(300, 15, 2**20), pytest.param((1, 1, 1), marks=pytest.mark.slow), (7, 3, 200)], ids=str
+    "shape", [(300, 15, 2**20), pytest.param((1, 1, 1), marks=pytest.mark.slow), (7, 3, 200), (1100, 15, 9)], ids=str
 )
 def test_the_sort_is_stable_and_puts_missing_rows_last(shape):
     T, M, rows = shape
@@ -124,6 +124,35 @@ def test_the_sort_is_stable_and_puts_missing_rows_last(shape):
         assert torch.equal(got_rows[: real.sum()].long(), wanted_rows[real])
         assert torch.equal(got_order[: real.sum()].long(), wanted_order[real])
         assert (got_rows[real.sum() :] == rows).all()
+
+
+LOOKING_BACK = """
+// A thread of the first half looks back for its digit; one of the second publishes what is missing.
+extern "C" __global__ void __launch_bounds__(64)
+look_back(int* published, const int* later, int* sums, int before) {
+    const int digit = threadIdx.x % DIGITS;
+    if (threadIdx.x < DIGITS) sums[digit] = sum_before(published + digit, before);
+    else
+        for (int at = (before - 1) * DIGITS + digit; at >= 0; at -= DIGITS)
+            *(volatile int*)(published + at) = later[at];
+}
+"""
+
+
+@pytest.mark.parametrize("block", [1, 16, 17, 70])
+def test_a_block_of_the_sort_looks_back_to_the_nearest_known_sum(tmp_path, block):
+    digits, own, upto = 32, 0x40000000, -0x80000000
+    defines = {"FP16": 0, "INDEX": "int", "BITS": 5, "PASSES": 1, "PADDING": 0}
+    source = lookup_cuda.source("sort.cu") + LOOKING_BACK
+    kernel = Emulated(source, defines, torch.device("cpu")).kernel("look_back", "PPPi")
+    counts = torch.randint(0, 4096, (block, digits), dtype=torch.int32)
+    is_sum = torch.rand(block, digits) < 0.03
+    is_sum[0] = True
+    everything = torch.where(is_sum, counts.cumsum(0).int() + upto, counts + own).int()
+    published = torch.where(torch.rand(block, digits) < 0.2, 0, everything).int()
+    sums = torch.empty(digits, dtype=torch.int32)
+    kernel((1, 1), 2 * digits, published.data_ptr(), everything.data_ptr(), sums.data_ptr(), block)
+    assert torch.equal(sums, counts.sum(0).int())
 
 
 @pytest.mark.parametrize(

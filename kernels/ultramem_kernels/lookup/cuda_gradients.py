@@ -26,7 +26,7 @@ class Spans(NamedTuple):
 # Ways to cut the work, for autotuning; all give the same sums, bit by bit. Fewer columns at a time keep more of the
 # inputs in the L2 cache.
 WAYS = {"segments": Spans(), "segments_192": Spans(16, 2, 4, 192), "segments_128": Spans(8, 4, 4, 128)}
-SORT_LIMIT = 1 << 22  # entries; beyond, blocks read too many other blocks' counts, and torch's sort is as good
+SORT_LIMIT = (1 << 30) - 1  # entries: as many as sort.cu's published sums can say
 
 
 class _Sort(NamedTuple):
@@ -54,7 +54,7 @@ def digits_of(rows: int) -> tuple[int, int]:
 def sort_entries(
     indices_TM: torch.Tensor, rows: int, row_start: int = 0, padding_index: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `table_gradients.sort_entries`, but both results int32. `rows` and T*M below 2^31."""
+    """As `table_gradients.sort_entries`, but both results int32. `rows` below 2^31, T*M at most `SORT_LIMIT`."""
     N, device = indices_TM.numel(), indices_TM.device
     passes, bits = digits_of(rows)
     key = (device, indices_TM.dtype, passes, bits, padding_index is not None)
@@ -65,28 +65,29 @@ def sort_entries(
             "PADDING": int(padding_index is not None),
         }  # fmt: skip
         module = make_module("sort.cu", device, defines)
-        kernels = _sorts[key] = _Sort(module.kernel("sort_begin", "PPPPPqqqq"), module.kernel("sort_pass", "PPPPPPPqi"))
+        kernels = _sorts[key] = _Sort(module.kernel("sort_begin", "PPPqqqq"), module.kernel("sort_pass", "PPPPPPPqi"))
     blocks = -(-N // SORT_BLOCK)
-    digits = passes * blocks << bits
-    # Rows and entries, each twice (passes alternate between the two); counts, published counts, started blocks.
-    space = torch.empty(4 * N + 2 * digits + passes, dtype=torch.int32, device=device)
+    digits = 1 << bits
+    # Rows and entries, each twice (passes alternate between the two).
+    space = torch.empty(4, N, dtype=torch.int32, device=device)
     if N:
-        at, grid = space.data_ptr(), (blocks, 1)
-        rows_at, entries_at = (at, at + 4 * N), (at + 8 * N, at + 12 * N)
-        counts = at + 16 * N
-        published, started = counts + 4 * digits, counts + 8 * digits
+        # For every pass: of each digit, how often it occurs, and what every block publishes; how many blocks started.
+        control = torch.zeros(passes * (digits + blocks * digits + 1), dtype=torch.int32, device=device)
+        rows_at, entries_at = (space[0].data_ptr(), space[1].data_ptr()), (space[2].data_ptr(), space[3].data_ptr())
+        totals = control.data_ptr()
+        published = totals + 4 * passes * digits
+        started, grid = published + 4 * passes * blocks * digits, (blocks, 1)
         kernels.begin(
-            grid, SORT_THREADS, indices_TM.data_ptr(), at, counts, published, started, N, row_start, rows,
-            padding_index or 0,
-        )  # fmt: skip
+            grid, SORT_THREADS, indices_TM.data_ptr(), rows_at[0], totals, N, row_start, rows, padding_index or 0
+        )
         for number in range(passes):
             old, new = number % 2, 1 - number % 2
             kernels.one_pass(
                 grid, SORT_THREADS, rows_at[old], entries_at[old] if number else 0, rows_at[new], entries_at[new],
-                counts, published, started, N, number,
+                totals, published, started, N, number,
             )  # fmt: skip
     last = passes % 2
-    return space[last * N : (last + 1) * N], space[(2 + last) * N : (3 + last) * N]
+    return space[last], space[2 + last]
 
 
 def add_segments_(

@@ -2,10 +2,12 @@
 // the bits that row numbers have are sorted, and entries have 32 bits: less than half the work of torch.sort, which sorts
 // 32 (or 64) bits and moves 64-bit positions.
 //
-// `sort_begin` finds the rows and how often each block has each digit of every pass. In `sort_pass` a block ranks its rows by
-// one digit in shared memory; where they go follows from the digits of all blocks (known from the beginning) and of the
-// blocks before it, which after the first pass other blocks of the same launch publish. Blocks number themselves as they
-// start, so those before are running or done and the wait ends.
+// `sort_begin` finds the rows and how often each digit of every pass occurs. In `sort_pass` a block ranks its rows by one
+// digit in shared memory; where they go follows from all digits and from those of the blocks before it. These publish, for
+// each digit, their own count at once and the sum up to and with them as soon as they know it, and a block looks back
+// until it meets such a sum (decoupled look-back: Merrill and Garland 2016; Adinets and Merrill, arXiv 2206.01784): work
+// grows with the entries and not with the square of the blocks. Blocks number themselves as they start, so those before
+// are running or done and the wait ends.
 //
 // Compile-time constants:
 //   INDEX    integer type of indices
@@ -18,7 +20,10 @@
 #define ITEMS 8
 #define BLOCK (THREADS * ITEMS)
 #define DIGITS (1 << BITS)
-#define PUBLISHED 0x40000000
+#define LOOK 16  // blocks before that are asked at once
+#define OWN 0x40000000  // published: a block's own count
+#define UPTO ((int)0x80000000)  // published: the sum of the counts of all blocks up to and with this one
+#define COUNT 0x3fffffff
 
 // Position of element `item` of this thread: warps own consecutive ranges, so that their order is that of the entries.
 __device__ __forceinline__ i64 place(i64 block, int item) {
@@ -40,13 +45,31 @@ __device__ __forceinline__ int load_published(const int* from) {
     return *(const volatile int*)from;
 }
 
-// counts[pass, block, digit]; published[pass, block, digit] and started[pass] are cleared.
+// Sum of what the blocks before this one publish for a digit (`published` of block 0 at `digits`, blocks DIGITS apart).
+__device__ __forceinline__ int sum_before(const int* digits, int block) {
+    int sum = 0, other = block - 1;
+    while (other >= 0) {
+        int seen[LOOK];
+#pragma unroll
+        for (int back = 0; back < LOOK; back++)
+            seen[back] = other - back >= 0 ? load_published(digits + (i64)(other - back) * DIGITS) : 0;
+        bool waits = false;  // for a block that has published nothing yet
+#pragma unroll
+        for (int back = 0; back < LOOK; back++) {
+            if (seen[back] == 0) waits = true;
+            if (waits || other < 0) continue;
+            sum += seen[back] & COUNT;
+            other = seen[back] & UPTO ? -1 : other - 1;
+        }
+    }
+    return sum;
+}
+
+// totals[pass, digit] must be 0 before.
 extern "C" __global__ void __launch_bounds__(THREADS)
-sort_begin(const INDEX* indices, int* rows_out, int* counts, int* published, int* started, i64 N, i64 row_start, i64 rows,
-           i64 padding) {
+sort_begin(const INDEX* indices, int* rows_out, int* totals, i64 N, i64 row_start, i64 rows, i64 padding) {
     __shared__ int histogram[PASSES][DIGITS];
     for (int at = threadIdx.x; at < PASSES * DIGITS; at += THREADS) histogram[at / DIGITS][at % DIGITS] = 0;
-    if (blockIdx.x == 0 && threadIdx.x < PASSES) started[threadIdx.x] = 0;
     __syncthreads();
     int row[ITEMS];
 #pragma unroll
@@ -63,17 +86,18 @@ sort_begin(const INDEX* indices, int* rows_out, int* counts, int* published, int
     }
     __syncthreads();
     for (int at = threadIdx.x; at < PASSES * DIGITS; at += THREADS) {
-        const i64 to = ((i64)(at / DIGITS) * gridDim.x + blockIdx.x) * DIGITS + at % DIGITS;
-        counts[to] = histogram[at / DIGITS][at % DIGITS], published[to] = 0;
+        const int count = histogram[at / DIGITS][at % DIGITS];
+        if (count) atomicAdd(totals + at, count);
     }
 }
 
 // Moves rows and entries to their places by one digit. `entries_in` null: 0, 1, 2, ... (the first pass).
+// published[pass, block, digit] and started[pass] must be 0 before.
 extern "C" __global__ void __launch_bounds__(THREADS)
-sort_pass(const int* rows_in, const int* entries_in, int* rows_out, int* entries_out, const int* counts, int* published,
+sort_pass(const int* rows_in, const int* entries_in, int* rows_out, int* entries_out, const int* totals, int* published,
           int* started, i64 N, int pass) {
     __shared__ unsigned short of_warp[WARPS][DIGITS];
-    __shared__ int sums[THREADS], begins[2][DIGITS], staged_rows[BLOCK], staged_entries[BLOCK], my_block;
+    __shared__ int sums[2 * WARPS], begins[2][DIGITS], staged_rows[BLOCK], staged_entries[BLOCK], my_block;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = gridDim.x;
     if (threadIdx.x == 0) my_block = atomicAdd(started + pass, 1);
     for (int at = threadIdx.x; at < WARPS * DIGITS; at += THREADS) of_warp[at / DIGITS][at % DIGITS] = 0;
@@ -98,39 +122,22 @@ sort_pass(const int* rows_in, const int* entries_in, int* rows_out, int* entries
     }
     __syncthreads();
 
-    // THREADS / DIGITS threads share a digit: in this block, in the blocks before and in all.
-    const int digit = threadIdx.x % DIGITS, share = threadIdx.x / DIGITS, shares = THREADS / DIGITS;
-    int here = 0;
-    if (share == 0) {
+    // A thread for each digit: how many of it are in all blocks, in those before and here.
+    const int digit = threadIdx.x;
+    int total = 0, before = 0, here = 0;
+    if (digit < DIGITS) {
         for (int w = 0; w < WARPS; w++) {
             const int count = of_warp[w][digit];
             of_warp[w][digit] = here, here += count;
         }
-        if (pass > 0) *(volatile int*)(published + ((i64)pass * blocks + block) * DIGITS + digit) = here | PUBLISHED;
+        int* digits = published + (i64)pass * blocks * DIGITS + digit;
+        volatile int* mine = digits + (i64)block * DIGITS;
+        *mine = here | (block == 0 ? UPTO : OWN);
+        total = totals[pass * DIGITS + digit];
+        before = sum_before(digits, block);
+        *mine = (before + here) | UPTO;
     }
-    int total = 0, before = 0;
-#pragma unroll 8
-    for (int other = share; other < blocks; other += shares) {
-        const int count = counts[((i64)pass * blocks + other) * DIGITS + digit];
-        total += count;
-        if (pass == 0 && other < block) before += count;
-    }
-    if (pass > 0) {
-#pragma unroll 8
-        for (int other = share; other < block; other += shares) {
-            const int* from = published + ((i64)pass * blocks + other) * DIGITS + digit;
-            int count = load_published(from);
-            while (!(count & PUBLISHED)) count = load_published(from);
-            before += count & ~PUBLISHED;
-        }
-    }
-    // Sums over the shares, then exclusive sums over the digits: of all entries, and of those of this block.
-    if (share == 0) begins[0][digit] = begins[1][digit] = 0;
-    __syncthreads();
-    atomicAdd(&begins[0][digit], total);
-    atomicAdd(&begins[1][digit], before);
-    __syncthreads();
-    total = share == 0 ? begins[0][digit] : 0, before = share == 0 ? begins[1][digit] : 0;
+    // Exclusive sums over the digits: of all entries, and of those of this block.
     int upto = total, here_upto = here;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -139,7 +146,7 @@ sort_pass(const int* rows_in, const int* entries_in, int* rows_out, int* entries
     }
     if (lane == 31) sums[warp] = upto, sums[WARPS + warp] = here_upto;
     __syncthreads();
-    if (share == 0) {
+    if (digit < DIGITS) {
         int start = upto - total, here_start = here_upto - here;
         for (int w = 0; w < warp; w++) start += sums[w], here_start += sums[WARPS + w];
         begins[0][digit] = start + before - here_start;  // where this block's entries of the digit go, less their staging place
