@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # for the other ranks, after one has failed, to say why
@@ -50,16 +51,9 @@ class Job:
                 ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
                 environment = {**os.environ, **self.environment, **own, "MASTER_ADDR": "127.0.0.1"}
                 environment |= {name: str(value) for name, value in ranks.items()}
-                self._processes.append(
-                    subprocess.Popen(
-                        self.command,
-                        env=environment,
-                        stdin=subprocess.PIPE,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )  # fmt: skip
-                )
+                streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+                process = subprocess.Popen(self.command, env=environment, start_new_session=True, **streams)
+                self._processes.append(process)
 
     def go(self) -> None:
         """It is the job's turn."""

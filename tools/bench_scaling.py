@@ -177,7 +177,8 @@ def _ranks(text: str | None, gpus: int) -> list[int]:
     except ValueError as error:
         raise UserError(f"--ranks {text}: legal: numbers with commas between") from error
     if min(found) < 1 or (gpus and max(found) > gpus):
-        raise UserError(f"--ranks {text}: legal: from 1 to the {gpus or 'processors'} of this machine")
+        limit = f" to the {gpus} GPUs of this machine" if gpus else ""
+        raise UserError(f"--ranks {text}: legal: from 1{limit}")
     return found
 
 

@@ -2,9 +2,9 @@
 
 Transformer Engine's linears multiply codes of one byte at the FP8 peak. Their bf16 inputs, and the gradients of their
 outputs, are cast before (`calibration.FP8_CAST_BYTES`); weights are cast once a step, or not at all where they exist in
-FP8 alone. A weight takes 2 bytes more, its codes
-as they are and transposed, unless they are all there is. For its backward a linear keeps its input as codes, which
-spares half of what nobody else keeps; attention keeps its own output anyway, and the router the input of an MoE.
+FP8 alone. A weight takes 2 bytes more, its codes as they are and transposed, unless they are all there is. For its
+backward a linear keeps its input as codes, which spares half of what nobody else keeps; attention keeps its own output
+anyway, and the router the input of an MoE.
 
 Keys, Tucker scores, tables, norms, the router, the embedding and the output layer are as without FP8.
 """

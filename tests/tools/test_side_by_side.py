@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,12 @@ def test_at_the_end_of_the_time_what_runs_is_ended(tmp_path: Path) -> None:
     found = run(jobs, 2, seconds=4)
     assert found["works"] == "" and "after 4 s in all" in found["goes_on"] and "no time left" in found["waits"]
     assert not any(_alive(process.pid) for one in jobs for process in one._processes)
+
+
+def test_a_rank_whose_starter_is_gone_ends(tmp_path: Path) -> None:
+    command = job(tmp_path, "alone", 1).command
+    done = subprocess.run(command, env={**os.environ, "RANK": "0"}, stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 1 and not (tmp_path / "alone.0").exists()
 
 
 def _alive(process: int) -> bool:
