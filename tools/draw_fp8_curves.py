@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: draw(*read(args.results)).savefig(args.picture, dpi=110))
 
 
-def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, float]]:
-    """Hardware; losses and gradient norms of every variant; how far each ended from bf16, in per cent."""
+def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, str]]:
+    """Hardware; losses and gradient norms of every variant; how far each ended from bf16, in words."""
     try:
         content = json.loads(path.read_text())
         hardware, rows = content["hardware"], content["rows"]
@@ -43,19 +43,21 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, float]
         if what:
             curves.setdefault(row["case"], {}).setdefault(what, {})[int(step)] = row["value"]
         elif row["metric"] == "loss_against_bf16":
-            ends[row["case"]] = row["value"]
+            ends[row["case"]] = f"{row['value']:+.2f} %"
+        elif row["metric"] == "loss_against_bf16_error":
+            ends[row["case"]] += f" ± {row['value']:.2f}"
     if "bf16" not in curves:
         raise UserError(f"{path}: holds {', '.join(curves) or 'no curves'}; legal: a file with the variant bf16")
     return hardware, curves, ends
 
 
-def draw(hardware: str, curves: dict[str, dict[str, Curve]], ends: dict[str, float]) -> Figure:
+def draw(hardware: str, curves: dict[str, dict[str, Curve]], ends: dict[str, str]) -> Figure:
     figure = Figure(figsize=(13, 4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     loss, distance, norm = figure.subplots(1, 3)
     for (name, found), color in zip(curves.items(), COLORS, strict=False):
-        style = {"color": color, "linewidth": 1.2, "linestyle": "--" if name.startswith("bf16_") else "-"}
-        label = name if name == "bf16" or name not in ends else f"{name} ({ends[name]:+.2f} % at the end)"
+        style = {"color": color, "linewidth": 1.2}
+        label = name if name == "bf16" or name not in ends else f"{name} ({ends[name]} at the end)"
         loss.plot(*_points(found["loss"]), label=label, **style)
         norm.plot(*_points(found["grad_norm"]), **style)
         if name != "bf16":

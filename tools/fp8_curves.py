@@ -3,11 +3,12 @@
 
     python tools/fp8_curves.py --config examples/configs/ultramemv2_227m_1b.yaml --steps 300 data.paths='[data/corpus]'
 
-Every variant is a process of its own, on one GPU, and starts from the same weights; one that fails costs the others
-nothing. Steps have `--micro-batches` micro-batches. Results go to benchmarks/results/fp8_curves_<hardware>.json after
-every variant: the case is the variant, with loss and gradient norm of every tenth step, and how far the mean loss of
-the last twenty steps is from that of bf16 (of this call, or of the file), in per cent. bf16_again is bf16 once more:
-atomic additions come in another order, and what that changes no comparison of single runs can tell from nothing.
+Every variant is a process of its own for each of `--seeds`, on one GPU, and starts from the same weights; one that
+fails costs the others nothing. Steps have `--micro-batches` micro-batches. Results go to
+benchmarks/results/fp8_curves_<hardware>.json after every run: the case is the variant, with loss and gradient norm of
+every tenth step, means over the seeds, and how far the mean loss of the last twenty steps is from that of bf16 with the
+same seeds (of this call, or of the file), in per cent. Single runs part early and wander about each other; with several
+seeds `loss_against_bf16_error` is the standard error of that distance.
 tools/draw_fp8_curves.py draws the file.
 """
 
@@ -34,7 +35,6 @@ from megatron_ultramem.results import Row, short_hardware_name, write_results
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 VARIANTS = {
     "bf16": [],
-    "bf16_again": [],
     "fp8_tensorwise": ["train.fp8.recipe=tensorwise"],
     "fp8_tables": ["model.memory.table_read=fp8"],
     "fp8_delayed": ["train.fp8.recipe=delayed"],
@@ -43,6 +43,7 @@ VARIANTS = {
 }
 LAST = 20  # steps whose mean loss is compared
 EVERY = 10
+Curve = dict[str, list[float]]  # losses and gradient norms of a run
 
 
 def main() -> int:
@@ -51,30 +52,36 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, help="steps of training (default 300)")
     parser.add_argument("--micro-batches", type=int, default=1, help="per step (default 1)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--gpus", help="such as 0,1,2,3: that many variants at a time (default: one, on the first GPU)")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for a variant (default 600)")
+    parser.add_argument("--seeds", default="1234", help="of weights and of the data's order (default: %(default)s)")
+    parser.add_argument("--gpus", help="such as 0,1,2,3: that many runs at a time (default: one, on the first GPU)")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for a run (default 600)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results file")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # in a process of its own: train this variant
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # in a process of its own: train this variant:seed
     parser.add_argument("overrides", nargs="*", metavar="section.setting=value")
     args = parser.parse_args()
     names = args.variants.split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
         parser.error(f"--variants {unknown[0]}: legal: {', '.join(VARIANTS)}")
+    seeds = args.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+        parser.error(f"--seeds {args.seeds}: legal: numbers with commas between")
     if args.steps < LAST:
         parser.error(f"--steps {args.steps}: legal: at least {LAST}")
     if args.only:
         return _train(args)
     gpus = (args.gpus or os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # results are those of one GPU, however many there are
-    curves: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, Curve]] = {}
     failed = []
-    for name, curve in _all_curves(names, gpus if args.gpus else gpus[:1], args.limit):
+    runs = [f"{name}:{seed}" for seed in seeds for name in names]
+    for run, curve in _all_curves(runs, gpus if args.gpus else gpus[:1], args.limit):
+        name, _, seed = run.partition(":")
         if isinstance(curve, Exception):
-            failed.append(f"{name}: {type(curve).__name__}")
+            failed.append(f"{name}, seed {seed}: {type(curve).__name__}")
             continue
-        curves[name] = curve
+        curves.setdefault(name, {})[seed] = curve
         rows = rows_of(curves, _known_end(args.output))
-        print(f"{name}: {write_results(args.output, 'fp8_curves', rows)}", flush=True)
+        print(f"{name}, seed {seed}: {write_results(args.output, 'fp8_curves', rows)}", flush=True)
     for row in rows_of(curves, _known_end(args.output)):
         if not row.metric.startswith(("loss_step", "grad_norm_step")):
             print(f"{row.case:24s} {row.metric:24s} {row.value:10.4f} {row.unit}")
@@ -83,27 +90,25 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _all_curves(
-    names: list[str], gpus: list[str], limit: float
-) -> Iterator[tuple[str, dict[str, list[float]] | Exception]]:
-    """Losses and gradient norms of the variants as they end, or why there are none; one at a time on every GPU."""
+def _all_curves(runs: list[str], gpus: list[str], limit: float) -> Iterator[tuple[str, Curve | Exception]]:
+    """Losses and gradient norms of the runs as they end, or why there are none; one at a time on every GPU."""
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for gpu in gpus:
         free.put(gpu)
 
-    def train(name: str) -> dict[str, list[float]]:
+    def train(run: str) -> Curve:
         gpu = free.get()
         try:
-            command = [sys.executable, *sys.argv, "--only", name]
+            command = [sys.executable, *sys.argv, "--only", run]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, env=environment)
-            curve: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+            curve: Curve = json.loads(done.stdout.splitlines()[-1])
             return curve
         finally:
             free.put(gpu)
 
     with ThreadPoolExecutor(len(gpus)) as workers:
-        futures = {workers.submit(train, name): name for name in names}
+        futures = {workers.submit(train, run): run for run in runs}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -111,22 +116,42 @@ def _all_curves(
                 yield futures[future], error
 
 
-def rows_of(curves: dict[str, dict[str, list[float]]], bf16_end: float | None) -> list[Row]:
-    """What is kept of losses and gradient norms, by variant. bf16_end: its mean loss at the end, if not in `curves`."""
-    ends = {name: statistics.mean(curve["losses"][-LAST:]) for name, curve in curves.items()}
-    bf16_end = ends.get("bf16", bf16_end)
+def rows_of(curves: dict[str, dict[str, Curve]], bf16_end: float | None) -> list[Row]:
+    """What is kept of losses and gradient norms, by variant and seed. bf16_end: its mean loss at the end, if not in
+    `curves`."""
+    ends = {
+        name: {seed: statistics.mean(curve["losses"][-LAST:]) for seed, curve in by_seed.items()}
+        for name, by_seed in curves.items()
+    }
     rows = []
-    for name, curve in curves.items():
-        steps = len(curve["losses"])
+    for name, by_seed in curves.items():
+        losses = [statistics.mean(at) for at in zip(*(curve["losses"] for curve in by_seed.values()), strict=True)]
+        norms = [statistics.mean(at) for at in zip(*(curve["grad_norms"] for curve in by_seed.values()), strict=True)]
+        steps = len(losses)
         for step in sorted({1, steps, *range(EVERY, steps, EVERY)}):
-            rows.append(Row(name, f"loss_step_{step}", curve["losses"][step - 1], "nats/token"))
-            rows.append(Row(name, f"grad_norm_step_{step}", curve["grad_norms"][step - 1], ""))
-        rows.append(Row(name, "loss_last_20", ends[name], "nats/token"))
-        rows.append(Row(name, "grad_norm_median", statistics.median(curve["grad_norms"]), ""))
-        rows.append(Row(name, "not_finite", sum(not math.isfinite(loss) for loss in curve["losses"]), "steps"))
-        if bf16_end is not None:
-            rows.append(Row(name, "loss_against_bf16", 100 * (ends[name] / bf16_end - 1), "%"))
+            rows.append(Row(name, f"loss_step_{step}", losses[step - 1], "nats/token"))
+            rows.append(Row(name, f"grad_norm_step_{step}", norms[step - 1], ""))
+        rows.append(Row(name, "seeds", len(by_seed), ""))
+        rows.append(Row(name, "loss_last_20", statistics.mean(ends[name].values()), "nats/token"))
+        rows.append(Row(name, "grad_norm_median", statistics.median(norms), ""))
+        not_finite = sum(not math.isfinite(loss) for curve in by_seed.values() for loss in curve["losses"])
+        rows.append(Row(name, "not_finite", not_finite, "steps"))
+        rows += _against_bf16(name, ends[name], ends.get("bf16", {}), bf16_end)
     return rows
+
+
+def _against_bf16(
+    name: str, ends: dict[str, float], bf16_ends: dict[str, float], bf16_end: float | None
+) -> Iterator[Row]:
+    """The distance from bf16, seed by seed where both have ended."""
+    if bf16_ends:
+        distances = [100 * (ends[seed] / end - 1) for seed, end in bf16_ends.items() if seed in ends]
+    else:
+        distances = [] if bf16_end is None else [100 * (statistics.mean(ends.values()) / bf16_end - 1)]
+    if distances:
+        yield Row(name, "loss_against_bf16", statistics.mean(distances), "%")
+    if len(distances) > 1:
+        yield Row(name, "loss_against_bf16_error", statistics.stdev(distances) / len(distances) ** 0.5, "%")
 
 
 def _known_end(output: Path) -> float | None:
@@ -139,11 +164,13 @@ def _known_end(output: Path) -> float | None:
 def _train(args: argparse.Namespace) -> int:
     """Prints the losses and gradient norms of one variant as a line of JSON."""
     quiet_dependencies()
+    variant, _, seed = args.only.partition(":")
     micro = load_config(args.config, check=False).train.micro_batch_size
     settings = [
         f"train.steps={args.steps}", f"train.global_batch_size={micro * args.micro_batches}", "train.eval_steps=0",
         f"schedule.warmup_steps={args.steps // 20}", "checkpoint.load=none",
-        f"train.run_dir=runs/fp8_curves/{args.only}", *args.overrides, *VARIANTS[args.only],
+        f"train.run_dir=runs/fp8_curves/{variant}_{seed}", f"train.seed={seed}",
+        f"data.seed={seed}", *args.overrides, *VARIANTS[variant],
     ]  # fmt: skip
     try:
         config = load_config(args.config, settings)

@@ -40,15 +40,18 @@ def test_variants_are_compared_with_bf16_and_failures_named(tmp_path: Path) -> N
     assert figures["bf16", "loss_against_bf16"] == 0.0 and abs(figures["fp8_tables", "loss_against_bf16"]) < 2.0
     assert figures["bf16", "loss_step_1"] > figures["bf16", "loss_step_21"]
     assert figures["fp8_tables", "not_finite"] == 0
-    again = subprocess.run([*command, "fp8_tables", "--gpus", "0,1"], capture_output=True, text=True, cwd=tmp_path)
+    again = subprocess.run(
+        [*command, "fp8_tables", "--gpus", "0,1", "--seeds", "1234,5"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
     rows = {(row["case"], row["metric"]): row["value"] for row in json.loads(path.read_text())["rows"]}
-    assert rows["fp8_tables", "loss_against_bf16"] == figures["fp8_tables", "loss_against_bf16"]
+    assert rows["fp8_tables", "seeds"] == 2 and rows["bf16", "seeds"] == 1
+    assert 0 < abs(rows["fp8_tables", "loss_last_20"] - figures["fp8_tables", "loss_last_20"]) < 0.2
 
 
 def test_a_results_file_is_drawn_with_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curves = {
-        name: {"losses": [4 / (1 + step) + shift for step in range(40)], "grad_norms": [1.0 + shift] * 40}
+        name: {"1": {"losses": [4 / (1 + step) + shift for step in range(40)], "grad_norms": [1.0 + shift] * 40}}
         for name, shift in (("bf16", 1.0), ("fp8_tables", 1.001))
     }
     tool, draw = script("fp8_curves"), script("draw_fp8_curves")
@@ -62,3 +65,15 @@ def test_a_results_file_is_drawn_with_what_it_holds(tmp_path: Path, capsys: pyte
     (tmp_path / "other.json").write_text(json.dumps({"hardware": "a GPU", "rows": []}))
     assert draw.main([str(tmp_path / "other.json"), str(tmp_path / "x.png")]) == 2
     assert "other.json: holds no curves; legal: a file with the variant bf16" in capsys.readouterr().err
+
+
+def test_seeds_are_compared_one_by_one() -> None:
+    def run(end: float) -> dict[str, list[float]]:
+        return {"losses": [9.0, *[end] * 20], "grad_norms": [end] * 21}
+
+    curves = {"bf16": {"1": run(2.0), "2": run(4.0)}, "fp8_tables": {"1": run(2.02), "2": run(3.96), "3": run(100.0)}}
+    found = {(row.case, row.metric): row.value for row in script("fp8_curves").rows_of(curves, None)}
+    assert found["fp8_tables", "loss_against_bf16"] == pytest.approx(0.0, abs=1e-9)
+    assert found["fp8_tables", "loss_against_bf16_error"] == pytest.approx(1.0)
+    assert found["bf16", "loss_last_20"] == 3.0 and found["bf16", "loss_step_1"] == 9.0
+    assert found["bf16", "loss_against_bf16_error"] == 0.0 and found["fp8_tables", "seeds"] == 3
