@@ -15,6 +15,7 @@ from megatron_ultramem.parallel.traffic import (
     expected_queries,
     expected_rows_bytes,
     rows_bytes,
+    rows_to_all_bytes,
 )
 
 if TYPE_CHECKING:  # the config package checks its settings with this module: importing it here would be a circle
@@ -160,7 +161,10 @@ def _by_rows(config: Config, ranks: int) -> tuple[tuple[int, int], float]:
     if capacity is None:
         made = ranks * expected_queries(ranks, w.blocks * tokens, w.top_m / w.blocks)
         return expected_rows_bytes(w, ranks, tokens), made
-    slots = Capacity(capacity, tokens, w.blocks).slots(w.top_m, ranks)
+    static = Capacity(capacity, tokens, w.blocks)
+    if static.to_all(ranks):
+        return rows_to_all_bytes(w, ranks, tokens), float(ranks * tokens)
+    slots = static.slots(w.top_m, ranks)
     queries, entries = ([number] * (ranks - 1) for number in slots)
     return rows_bytes(w, queries, entries, queries, entries, dynamic=False), float(ranks * slots[0])
 

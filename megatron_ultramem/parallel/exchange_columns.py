@@ -71,11 +71,11 @@ class ColumnsExchange:
         largest = tokens
         if not self.equal_tokens:
             largest = self.channel.largest(torch.tensor(tokens, device=values.device), "forward")
-        index_TM = _pad(indices_TM.to(torch.int32), largest, -1)
+        index_TM = pad(indices_TM.to(torch.int32), largest, -1)
         index_AM, pre_AD = self._to_all(
-            "forward", [index_TM.expand(P, -1, -1).flatten(0, 1), _slices(_pad(pre_input_TD.to(dtype), largest), P)]
+            "forward", [index_TM.expand(P, -1, -1).flatten(0, 1), _slices(pad(pre_input_TD.to(dtype), largest), P)]
         )
-        scores_TMC = _pad(scores_TMC, largest)
+        scores_TMC = pad(scores_TMC, largest)
         if pre_values.shape[1] == 0:
             dots_TM, weights_TMC = scores_TMC.new_empty(0), scores_TMC
         else:
@@ -103,7 +103,7 @@ class ColumnsExchange:
         index_AM, pre_AD, weights_AMK, dots_TM, scores_TMC = saved.tensors
         tokens, pre_input_dtype = saved.plan
         P, dtype, largest = self.channel.ranks, values.dtype, len(scores_TMC)
-        (grad_AV,) = self._to_all("backward", [_slices(_pad(grad_pooled_TV.to(dtype), largest), P)])
+        (grad_AV,) = self._to_all("backward", [_slices(pad(grad_pooled_TV.to(dtype), largest), P)])
         at, both = (self.column_start, self.core_width), values_grad is not None and pre_values_grad is not None
         sorted_rows = self.backend.sort_rows(index_AM, weights_AMK, values, *at, self.padded) if both else None
         grad_weights_AMK = self.backend.weighted_sum_backward(
@@ -147,7 +147,7 @@ class ColumnsExchange:
         return total_TMC
 
 
-def _pad(x_TX: torch.Tensor, tokens: int, value: int = 0) -> torch.Tensor:
+def pad(x_TX: torch.Tensor, tokens: int, value: int = 0) -> torch.Tensor:
     """More tokens of `value` at the end."""
     missing = tokens - len(x_TX)
     return F.pad(x_TX, (0, 0) * (x_TX.dim() - 1) + (0, missing), value=value) if missing else x_TX

@@ -9,7 +9,8 @@ A negative row number means no row.
 
 Split sizes depend on the indices: either they are exchanged first (one wait for the device), or `capacity` fixes them,
 and what does not fit goes through a second round, which is skipped where it all fits everywhere (one wait). With room
-for everything there is no second round and no wait, so that a CUDA graph can record it.
+for everything there is no second round and no wait, so that a CUDA graph can record it; but then `exchange_rows_to_all`
+does the same with less work, where a token has one lookup.
 
 Legend: T tokens, M rows a token, C cores, Q query slots, E entry slots (outgoing), Dv and D widths.
 """

@@ -29,6 +29,7 @@ from megatron_ultramem.parallel.channel import Channel
 from megatron_ultramem.parallel.cost_model import choose, tokens_per_rank
 from megatron_ultramem.parallel.exchange_columns import ColumnsExchange
 from megatron_ultramem.parallel.exchange_rows import RowsExchange
+from megatron_ultramem.parallel.exchange_rows_to_all import RowsToAllExchange
 from megatron_ultramem.parallel.groups import memory_groups
 from megatron_ultramem.parallel.routing import RowOwners
 from megatron_ultramem.parallel.traffic import Capacity, Traffic
@@ -83,6 +84,8 @@ class ShardedPlacement:
             return inner
         owners = RowOwners(self.across.size(), self._block_rows(pool))
         channel = Channel(self.across, self.traffic, "rows")
+        if self.capacity is not None and self.capacity.to_all(channel.ranks):
+            return RowsToAllExchange(channel, owners, inner, self.capacity.tokens)
         return RowsExchange(channel, owners, inner, self.capacity, trim=self.within is None)
 
     def of_whole_rows(self, amax_N: torch.Tensor) -> None:

@@ -77,6 +77,10 @@ class Capacity:
         """Whether nothing can be left over, even if one rank owns every row that is wanted."""
         return self.factor >= ranks
 
+    def to_all(self, ranks: int) -> bool:
+        """Whether tokens go to all ranks as they are. Not where lookups share a token's rows: each has room for all."""
+        return self.holds_all(ranks) and self.blocks == 1
+
     def slots(self, top_m: int, ranks: int) -> tuple[int, int]:
         """(queries, entries) for every pair of ranks."""
         entries = min(self.tokens * top_m, math.ceil(self.factor * self.tokens * top_m / ranks))
@@ -146,6 +150,16 @@ def rows_bytes(
         for queries, entries in zip(queries_out, entries_out, strict=True)
     )
     return forward, backward
+
+
+def rows_to_all_bytes(widths: Widths, ranks: int, tokens: int) -> tuple[int, int]:
+    """(forward, backward) of the exchange by rows with room for everything; every rank has `tokens` tokens (after
+    padding): to each rank go their pre-inputs and the numbers and scores of all their rows."""
+    w, others = widths, ranks - 1
+    scores = tokens * w.size * w.top_m * w.num_cores
+    forward = align(tokens * (w.size * w.pre_value_dim + 4 * w.top_m) + scores) + tokens * w.size * w.value_dim
+    backward = tokens * w.size * w.value_dim + align(tokens * w.size * w.pre_value_dim + scores)
+    return others * forward, others * backward
 
 
 def expected_queries(ranks: int, tokens: int, top_m: float) -> float:

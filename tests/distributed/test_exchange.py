@@ -10,7 +10,7 @@ import torch
 from megatron_ultramem.memory.kinds import num_cores, pre_value_dim
 from megatron_ultramem.memory.lookup import LocalLookup, lookup_backend, run_lookup
 from megatron_ultramem.parallel.routing import RowOwners
-from megatron_ultramem.parallel.traffic import Capacity, Widths, columns_bytes, rows_bytes
+from megatron_ultramem.parallel.traffic import Capacity, Widths, columns_bytes, rows_bytes, rows_to_all_bytes
 from tests.distributed.exchange_job import Case, exchange_job
 from tests.distributed.workers import WorkerPool
 
@@ -34,9 +34,17 @@ CASES = {
     "rows-without-pre-values": Case("rows", (6, 5), memory=PLAIN_VALUES),
     "rows-gaps": Case("rows", (6, 5), "gaps", memory=EXPANDED),
     "rows-static-gaps-overflow": Case("rows", (9, 8), "gaps", capacity=0.5, memory=EXPANDED),
-    "rows-static": Case("rows", (6, 6), capacity=2.0),
+    "rows-static": Case("rows", (6, 6), capacity=1.9),
+    "rows-static-gaps-room-for-all": Case("rows", (9, 8), "gaps", capacity=2.0, memory=EXPANDED),
+    "rows-to-all": Case("rows", (6, 6), capacity=2.0),
+    "rows-to-all-uneven": Case("rows", (6, 1, 0, 9), capacity=4.0),
+    "rows-to-all-window-of-a-pool": Case("rows", (6, 1, 0, 9), memory=RING, layers=4, capacity=9.0),
+    "rows-to-all-gaps": Case("rows", (6, 5), "gaps", capacity=2.0),
+    "rows-to-all-without-pre-values": Case("rows", (6, 5), memory=PLAIN_VALUES, capacity=2.0),
+    "rows-to-all-bf16": Case("rows", (16, 16), capacity=2.0, dtype=torch.bfloat16),
+    "rows-to-all-fused": Case("rows", (6, 1, 0, 9), memory=FUSED, capacity=4.0, dtype=torch.float32),
     "rows-static-overflow": Case("rows", (6, 6), capacity=0.5),
-    "rows-static-one-row-room-for-all": Case("rows", (6, 4), "one_row", capacity=2.0),
+    "rows-to-all-one-row": Case("rows", (6, 4), "one_row", capacity=2.0),
     "rows-static-one-row": Case("rows", (6, 6), "one_row", capacity=1.0),
     "rows-static-uneven": Case("rows", (6, 2), capacity=1.0),
     "rows-static-no-tokens-on-a-rank": Case("rows", (6, 0), capacity=1.2),
@@ -68,6 +76,7 @@ CASES = {
     "two_level-without-pre-values": Case("two_level", (6, 1, 0, 9), memory=PLAIN_VALUES),
     "two_level-gaps": Case("two_level", (6, 1, 0, 9), "gaps", memory=EXPANDED),
     "two_level-window": Case("two_level", (3, 3, 3, 3), memory=RING, layers=4),
+    "two_level-to-all": Case("two_level", (6, 1, 0, 9), capacity=2.0),
     "two_level-static-overflow": Case("two_level", (6, 5, 0, 4), "first_half", capacity=0.7),
 }
 # Payloads are rounded to bf16, like the tables; sums are not.
@@ -131,7 +140,7 @@ def test_bytes_of_columns_equal_the_formula(pool: WorkerPool, name: str) -> None
         assert result["bytes"] == columns_bytes(widths(case), ranks, rank, max(case.tokens))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rows") and "static" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rows") and not CASES[name].capacity])
 def test_bytes_of_rows_equal_the_formula(pool: WorkerPool, name: str) -> None:
     case, ranks = CASES[name], len(CASES[name].tokens)
     results = pool.run(ranks, exchange_job, case)
@@ -146,12 +155,19 @@ def test_bytes_of_rows_equal_the_formula(pool: WorkerPool, name: str) -> None:
 
 
 def test_bytes_of_static_rows_equal_the_formula_for_the_capacity(pool: WorkerPool) -> None:
-    case = Case("rows", (6, 6), capacity=2.0)
-    queries, entries = Capacity(2.0, 6).slots(5, 2)
-    assert (queries, entries) == (6, 30)
+    case = Case("rows", (6, 6), capacity=1.5)
+    queries, entries = Capacity(1.5, 6).slots(5, 2)
+    assert (queries, entries) == (6, 23)
     for result in pool.run(2, exchange_job, case):
         expected = rows_bytes(widths(case), [queries], [entries], [queries], [entries], dynamic=False)
         assert result["bytes"] == expected
+
+
+@pytest.mark.parametrize("name", ["rows-to-all", "rows-to-all-uneven", "rows-to-all-without-pre-values"])
+def test_bytes_of_rows_to_all_equal_the_formula(pool: WorkerPool, name: str) -> None:
+    case = CASES[name]
+    for result in pool.run(len(case.tokens), exchange_job, case):
+        assert result["bytes"] == rows_to_all_bytes(widths(case), len(case.tokens), max(case.tokens))
         assert result["messages"] == (2, 2)  # and nothing to agree on
 
 
