@@ -78,23 +78,32 @@ def _replaced(text: str, name: str, content: str) -> str:
 
 
 def table(folder: Path) -> str:
-    """Markdown of all results in the folder, in the order of file names."""
-    lines = ["| benchmark | hardware | case | metric | value |", "|---|---|---|---|---|"]
+    """Markdown of all results in the folder, a table for each file: cases down, metrics across."""
+    parts = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         benchmark = content["benchmark"]
-        if benchmark not in SHOWN:
+        rows = [row for row in content["rows"] if benchmark in SHOWN and _is_shown(benchmark, row)]
+        metrics = [metric for metric in SHOWN.get(benchmark, ()) if any(row["metric"] == metric for row in rows)]
+        if not metrics:
             continue
-        lines += [
-            f"| {benchmark} | {content['hardware']} | `{row['case']}` | {row['metric']} | "
-            f"{_number(row['value'])} {row['unit']} |"
-            for row in content["rows"]
-            if row["metric"] in SHOWN[benchmark]
-            and not SWEPT.match(row["case"])
-            and not (benchmark in OTHER_WAYS and OTHER_WAYS[benchmark].search(row["case"]))
-            and not (ABLATED.search(row["case"]) and row["metric"] != "tokens_per_s")
-        ]
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+        lines = [f"| {benchmark}, {content['hardware']} | {' | '.join(metrics)} |", "|---" * (1 + len(metrics)) + "|"]
+        for case, figures in _cases({"rows": rows}).items():
+            cells = [_number(figures[metric]) if metric in figures else "" for metric in metrics]
+            lines.append(f"| `{case}` | {' | '.join(cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _is_shown(benchmark: str, row: dict[str, Any]) -> bool:
+    case, metric = row["case"], row["metric"]
+    other = OTHER_WAYS.get(benchmark)
+    return (
+        metric in SHOWN[benchmark]
+        and not SWEPT.match(case)
+        and not (other and other.search(case))
+        and not (ABLATED.search(case) and metric != "tokens_per_s")
+    )
 
 
 def speed(folder: Path) -> str:
