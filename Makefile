@@ -26,7 +26,7 @@ test-all: $(if $(MEGATRON),$(READY),lint)
 
 # On GPUs, in the environment that holds Transformer Engine (PYTHON); tests of two GPUs are skipped where there is one.
 test-gpu:
-	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -m gpu \
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -v -m gpu \
 		-n $(GPU_JOBS) --dist loadgroup tests/gpu tests/kernels tests/memory tests/training
 
 lint: $(READY)

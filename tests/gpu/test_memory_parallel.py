@@ -19,11 +19,10 @@ from tests.distributed.test_memory_parallel import (
     PLAIN,
     ROWS,
     STATIC,
-    STEPS,
     TP2,
 )
 from tests.distributed.workers import WorkerPool
-from tests.gpu.test_training import BF16, LOCAL, TE, WIDE
+from tests.gpu.test_training import BF16, LOCAL, STEPS, TE, WIDE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus]
 

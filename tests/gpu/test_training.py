@@ -13,11 +13,12 @@ import pytest
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.layout_job import assemble, train_job
-from tests.distributed.test_layouts import INTERLEAVED, MODELS, OVERLAP, PLAIN, PP2, STEPS, TP2
+from tests.distributed.test_layouts import INTERLEAVED, MODELS, OVERLAP, PLAIN, PP2, TP2
 from tests.distributed.workers import WorkerPool
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.two_gpus
+STEPS = 2  # losses tell of the first update, parameters of both
 TE, BF16 = "model.backend=transformer_engine", "train.precision=bf16"
 LOCAL = "model.backend=local"
 # Widths that flash attention takes.
@@ -36,9 +37,9 @@ def run(gpus: WorkerPool, small_run: list[str]) -> Any:  # noqa: F811
 
     def train(ranks: int, *overrides: str) -> list[dict[str, Any]]:
         if ranks > 1:
-            return gpus.run(ranks, train_job, [*small_run, *overrides], STEPS, True)
+            return gpus.run(ranks, train_job, [*small_run, *overrides], STEPS)
         if overrides not in cache:
-            cache[overrides] = gpus.run(1, train_job, [*small_run, *overrides], STEPS, True)
+            cache[overrides] = gpus.run(1, train_job, [*small_run, *overrides], STEPS)
         return cache[overrides]
 
     return train
