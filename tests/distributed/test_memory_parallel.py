@@ -63,6 +63,7 @@ FAST = {
     ("moe", "rows_ep2"): (2, [P2, ROWS, EP2]),
     ("ring", "two_level"): (4, TWO_LEVEL),
     ("ring", "rows_static_overflow"): (2, [P2, ROWS, f"{STATIC}=0.8"]),
+    ("no_ring", "rows_to_all_tp2"): (4, [P4, ROWS, TP2, f"{STATIC}=4"]),
 }
 SLOW = {
     ("ring", "rows_p2"): (2, [P2, ROWS]),
@@ -91,7 +92,9 @@ SLOW = {
     ("block", "columns_p2_recompute"): (2, [P2, COLUMNS, "train.recompute=full"]),
     ("block", "auto"): (2, [P2]),
     ("block", "two_level_static"): (4, [*TWO_LEVEL, f"{STATIC}=1.2"]),
-    ("ring", "rows_static"): (2, [P2, ROWS, f"{STATIC}=3.0"]),
+    ("ring", "rows_static"): (2, [P2, ROWS, f"{STATIC}=1.9"]),
+    ("ring", "rows_to_all_recompute"): (2, [P2, ROWS, f"{STATIC}=3.0", "train.recompute=full"]),
+    ("block", "two_level_to_all"): (4, [*TWO_LEVEL, f"{STATIC}=2"]),
     ("block", "rows_p2_micro_batch_2"): (2, [P2, ROWS, "train.micro_batch_size=2"]),
 }
 CASES = [pytest.param(*case, *layout, id="-".join(case)) for case, layout in FAST.items()]

@@ -32,6 +32,7 @@ LAYOUTS = {
     ("block", "rows"): [P2, ROWS],
     ("ring", "columns"): [P2, COLUMNS],
     ("ring", "rows_static_overflow"): [P2, ROWS, f"{STATIC}=0.8"],
+    ("block", "rows_to_all"): [P2, ROWS, f"{STATIC}=2"],
     ("no_ring", "rows_tp2"): [P2, ROWS, TP2],
     ("moe", "columns_ep2"): [P2, COLUMNS, EP2],
     ("block", "rows_recompute_plain_optimizer"): [P2, ROWS, PLAIN, "train.recompute=full"],
