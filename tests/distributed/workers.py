@@ -15,10 +15,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 from torch.distributed import TCPStore
 
 TIMEOUT = 240.0  # seconds for one job
 GRACE = 60.0  # for a rank when another has failed
+MAX_THREADS = 500  # of a rank between jobs; those of process groups that stay alive are never idle
 
 
 class JobFailed(AssertionError):
@@ -62,6 +64,8 @@ class WorkerPool:
         if failed:
             self.close(kill=True)
             raise JobFailed("\n".join(failed))
+        if any(psutil.Process(process.pid).num_threads() > MAX_THREADS for process, _ in self._workers):
+            self.close()
         return [result for _, result in answers]
 
     def close(self, kill: bool = False) -> None:
