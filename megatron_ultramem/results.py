@@ -1,6 +1,9 @@
 """Benchmark results as files: one format for everything that this project quotes.
 
 {"benchmark", "hardware", "versions": {}, "commit", "date", "command", "rows": [{"case", "metric", "value", "unit"}]}
+
+Cases that an earlier call measured and the last did not are listed under "earlier": [{"cases": [], "versions",
+"commit", "date", "command"}]. Without such cases it is not there.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+ORIGIN = ("versions", "commit", "date", "command")  # of rows
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
 
 
@@ -58,9 +63,11 @@ def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_oth
     """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay."""
     path = results_path(folder, benchmark)
     measured = {row.case for row in rows}
-    kept = []
+    kept, earlier = [], []
     if keep_other_cases and path.exists():
-        kept = [row for row in json.loads(path.read_text())["rows"] if row["case"] not in measured]
+        before = json.loads(path.read_text())
+        kept = [row for row in before["rows"] if row["case"] not in measured]
+        earlier = _earlier(before, list(dict.fromkeys(row["case"] for row in kept)))
     content = {
         "benchmark": benchmark,
         "hardware": hardware_name(),
@@ -68,11 +75,20 @@ def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_oth
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.argv]),
+        **({"earlier": earlier} if earlier else {}),
         "rows": kept + [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _earlier(before: dict[str, Any], cases: list[str]) -> list[dict[str, Any]]:
+    """Where cases of a file come from: what it says of earlier calls, and then its own last call."""
+    known = [{**call, "cases": [case for case in call["cases"] if case in cases]} for call in before.get("earlier", ())]
+    attributed = {case for call in known for case in call["cases"]}
+    last = {"cases": [case for case in cases if case not in attributed], **{name: before[name] for name in ORIGIN}}
+    return [call for call in (*known, last) if call["cases"]]
 
 
 def _versions() -> dict[str, str]:

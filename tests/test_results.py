@@ -1,0 +1,27 @@
+"""Results files say where every figure comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ultramem.results import Row, write_results
+
+
+def test_cases_of_earlier_calls_keep_their_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(commit: str, *cases: str) -> dict:
+        monkeypatch.setenv("COMMIT", commit)
+        monkeypatch.setattr("sys.argv", ["tools/bench.py", commit])
+        content: dict = json.loads(write_results(tmp_path, "b", [Row(c, "ms", 1.0, "ms") for c in cases]).read_text())
+        return content
+
+    assert "earlier" not in measure("one", "x", "y", "z")
+    second = measure("two", "y")
+    assert [(call["commit"], call["cases"]) for call in second["earlier"]] == [("one", ["x", "z"])]
+    third = measure("three", "x", "w")
+    assert [(call["commit"], call["cases"]) for call in third["earlier"]] == [("one", ["z"]), ("two", ["y"])]
+    assert third["earlier"][0]["command"] == "python tools/bench.py one" and third["commit"] == "three"
+    assert {row["case"] for row in third["rows"]} == {"w", "x", "y", "z"}
+    assert "earlier" not in measure("four", "w", "x", "y", "z")
