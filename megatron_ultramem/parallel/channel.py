@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 from megatron_ultramem.errors import ExchangeError
 from megatron_ultramem.parallel.traffic import Traffic, align
@@ -79,6 +80,11 @@ class Channel:
             for i, array in enumerate(arrays)
         ]
 
+    def even_all_to_all(self, direction: str, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """`all_to_all` of equal parts of arrays [P*T, ...], the r-th of them for rank r."""
+        even = [[len(array) // self.ranks] * self.ranks for array in arrays]
+        return self.all_to_all(direction, arrays, even, even)
+
     def largest(self, number: torch.Tensor, direction: str) -> int:
         """The maximum over the ranks of a scalar tensor, on the host: waits for the device."""
         self._run(direction, 0, lambda: dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group))
@@ -105,6 +111,12 @@ class Channel:
             f"{what} in the {direction} exchange by {self.name} of memory values (within parallel.timeout_minutes); "
             f"see that rank's own output. {reason[0]}"
         )
+
+
+def pad(x_TX: torch.Tensor, tokens: int, value: int = 0) -> torch.Tensor:
+    """More tokens of `value` at the end: where all ranks must send as many."""
+    missing = tokens - len(x_TX)
+    return F.pad(x_TX, (0, 0) * (x_TX.dim() - 1) + (0, missing), value=value) if missing else x_TX
 
 
 def _silent_ranks(ranks: Sequence[int]) -> list[int]:

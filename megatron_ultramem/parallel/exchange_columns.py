@@ -17,13 +17,12 @@ K cores of this rank's columns, Dv and D widths.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from megatron_ultramem.memory.fp8_table import Table
 from megatron_ultramem.memory.lookup import LookupBackend, Saved
 from megatron_ultramem.memory.lookup_reference import activate, activation_slope
 from megatron_ultramem.memory.numerics import accumulation_dtype
-from megatron_ultramem.parallel.channel import Channel
+from megatron_ultramem.parallel.channel import Channel, pad
 from megatron_ultramem.parallel.traffic import core_range
 
 
@@ -72,7 +71,7 @@ class ColumnsExchange:
         if not self.equal_tokens:
             largest = self.channel.largest(torch.tensor(tokens, device=values.device), "forward")
         index_TM = pad(indices_TM.to(torch.int32), largest, -1)
-        index_AM, pre_AD = self._to_all(
+        index_AM, pre_AD = self.channel.even_all_to_all(
             "forward", [index_TM.expand(P, -1, -1).flatten(0, 1), _slices(pad(pre_input_TD.to(dtype), largest), P)]
         )
         scores_TMC = pad(scores_TMC, largest)
@@ -80,14 +79,14 @@ class ColumnsExchange:
             dots_TM, weights_TMC = scores_TMC.new_empty(0), scores_TMC
         else:
             partial_AM = self.backend.dots(index_AM, pre_AD, pre_values, self.padded).to(dtype)
-            (dots_AM,) = self._to_all("forward", [partial_AM])
+            (dots_AM,) = self.channel.even_all_to_all("forward", [partial_AM])
             dots_TM = dots_AM.view(P, *index_TM.shape).sum(0, dtype=accumulation_dtype(dtype))
             weights_TMC = activate(dots_TM, self.activation).unsqueeze(-1) * scores_TMC
         weights_AMK = self._send_cores("forward", weights_TMC.to(dtype))
         pooled_AV = self.backend.weighted_sum(
             index_AM, weights_AMK, values, self.column_start, self.core_width, self.padded
         )
-        (pooled_AV,) = self._to_all("forward", [pooled_AV])
+        (pooled_AV,) = self.channel.even_all_to_all("forward", [pooled_AV])
         pooled_TV = _joined(pooled_AV, P)[:tokens].to(pre_input_TD.dtype)
         return pooled_TV, Saved((index_AM, pre_AD, weights_AMK, dots_TM, scores_TMC), (tokens, pre_input_TD.dtype))
 
@@ -103,7 +102,7 @@ class ColumnsExchange:
         index_AM, pre_AD, weights_AMK, dots_TM, scores_TMC = saved.tensors
         tokens, pre_input_dtype = saved.plan
         P, dtype, largest = self.channel.ranks, values.dtype, len(scores_TMC)
-        (grad_AV,) = self._to_all("backward", [_slices(pad(grad_pooled_TV.to(dtype), largest), P)])
+        (grad_AV,) = self.channel.even_all_to_all("backward", [_slices(pad(grad_pooled_TV.to(dtype), largest), P)])
         at, both = (self.column_start, self.core_width), values_grad is not None and pre_values_grad is not None
         sorted_rows = self.backend.sort_rows(index_AM, weights_AMK, values, *at, self.padded) if both else None
         grad_weights_AMK = self.backend.weighted_sum_backward(
@@ -115,17 +114,14 @@ class ColumnsExchange:
             return grad_weights_TMC[:tokens].to(scores_TMC.dtype), no_grad_TD
         grad_scores_TMC = activate(dots_TM, self.activation).unsqueeze(-1) * grad_weights_TMC
         grad_dots_TM = (scores_TMC * grad_weights_TMC).sum(-1) * activation_slope(dots_TM, self.activation)
-        (grad_dots_AM,) = self._to_all("backward", [grad_dots_TM.to(dtype).expand(P, -1, -1).flatten(0, 1)])
+        (grad_dots_AM,) = self.channel.even_all_to_all(
+            "backward", [grad_dots_TM.to(dtype).expand(P, -1, -1).flatten(0, 1)]
+        )
         grad_pre_AD = self.backend.dots_backward(
             grad_dots_AM, index_AM, pre_AD, pre_values, pre_values_grad, self.padded, sorted_rows
         )
-        (grad_pre_AD,) = self._to_all("backward", [grad_pre_AD])
+        (grad_pre_AD,) = self.channel.even_all_to_all("backward", [grad_pre_AD])
         return grad_scores_TMC[:tokens].to(scores_TMC.dtype), _joined(grad_pre_AD, P)[:tokens].to(pre_input_dtype)
-
-    def _to_all(self, direction: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Equal parts of arrays [A, ...], the r-th of them for rank r."""
-        even = [[len(array) // self.channel.ranks] * self.channel.ranks for array in arrays]
-        return self.channel.all_to_all(direction, arrays, even, even)
 
     def _send_cores(self, direction: str, weights_TMC: torch.Tensor) -> torch.Tensor:
         """To every rank the weights of its cores: [A, M, K]."""
@@ -145,12 +141,6 @@ class ColumnsExchange:
         for (low, high), part in zip(self.cores, came.split(receive), strict=True):
             total_TMC[:, :, low:high] += part.view(T, M, high - low)
         return total_TMC
-
-
-def pad(x_TX: torch.Tensor, tokens: int, value: int = 0) -> torch.Tensor:
-    """More tokens of `value` at the end."""
-    missing = tokens - len(x_TX)
-    return F.pad(x_TX, (0, 0) * (x_TX.dim() - 1) + (0, missing), value=value) if missing else x_TX
 
 
 def _slices(x_TX: torch.Tensor, ranks: int) -> torch.Tensor:

@@ -18,8 +18,7 @@ import torch
 from megatron_ultramem.memory.fp8_table import Table
 from megatron_ultramem.memory.lookup import LookupPath, Saved
 from megatron_ultramem.memory.numerics import accumulation_dtype
-from megatron_ultramem.parallel.channel import Channel
-from megatron_ultramem.parallel.exchange_columns import pad
+from megatron_ultramem.parallel.channel import Channel, pad
 from megatron_ultramem.parallel.routing import RowOwners
 
 
@@ -49,7 +48,7 @@ class RowsToAllExchange:
         owner_TM = pad(owner_TM.masked_fill(indices_TM < 0, P).to(torch.int32), self.tokens, P)
         every_P11 = torch.arange(P, dtype=torch.int32, device=owner_TM.device).view(P, 1, 1)
         row_PTM = pad(local_TM.to(torch.int32), self.tokens).expand(P, -1, -1).masked_fill(owner_TM != every_P11, -1)
-        row_QM, query_QD, score_QMC = self._to_all(
+        row_QM, query_QD, score_QMC = self.channel.even_all_to_all(
             "forward",
             [
                 row_PTM.flatten(0, 1),
@@ -58,7 +57,7 @@ class RowsToAllExchange:
             ],
         )
         partial_QV, inner = self.inner.forward(row_QM, score_QMC, query_QD, values, pre_values)
-        (back_QV,) = self._to_all("forward", [partial_QV])
+        (back_QV,) = self.channel.even_all_to_all("forward", [partial_QV])
         pooled_TV = self._summed(back_QV, tokens)
         plan = tokens, scores_TMC.dtype, pre_input_TD.dtype, inner.plan
         return pooled_TV.to(pre_input_TD.dtype), Saved((owner_TM, *inner.tensors), plan)
@@ -73,11 +72,11 @@ class RowsToAllExchange:
         pre_values_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (owner_TM, *inner_tensors), (tokens, scores_dtype, pre_input_dtype, inner_plan) = saved
-        (grad_QV,) = self._to_all("backward", [self._for_all(grad_pooled_TV.to(values.dtype))])
+        (grad_QV,) = self.channel.even_all_to_all("backward", [self._for_all(grad_pooled_TV.to(values.dtype))])
         score_QMC, query_QD = self.inner.backward(
             Saved(tuple(inner_tensors), inner_plan), grad_QV, values, pre_values, values_grad, pre_values_grad
         )
-        query_QD, score_QMC = self._to_all("backward", [query_QD, score_QMC.to(values.dtype)])
+        query_QD, score_QMC = self.channel.even_all_to_all("backward", [query_QD, score_QMC.to(values.dtype)])
         # Every entry has its gradient from its owner; without one it gets none.
         P, C = self.channel.ranks, score_QMC.shape[2]
         score_PTMC = score_QMC.view(P, self.tokens, -1, C)
@@ -88,11 +87,6 @@ class RowsToAllExchange:
     def _for_all(self, x_TX: torch.Tensor) -> torch.Tensor:
         """The same for every rank: [P*T, ...]."""
         return pad(x_TX, self.tokens).expand(self.channel.ranks, *(-1,) * x_TX.dim()).flatten(0, 1)
-
-    def _to_all(self, direction: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Arrays [P*T, ...] of which every rank gets its T."""
-        even = [[self.tokens] * self.channel.ranks for _ in arrays]
-        return self.channel.all_to_all(direction, arrays, even, even)
 
     def _summed(self, part_QX: torch.Tensor, tokens: int) -> torch.Tensor:
         """What came back to each token, added up over the ranks in fp32 (fp64)."""

@@ -21,6 +21,7 @@ from megatron_ultramem.config.load import config_to_dict, walk
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import UserError
 from megatron_ultramem.reporting.runs import Run, load_run
+from megatron_ultramem.side_by_side import gpu_names
 
 LOGGED_POINTS = 200  # of a curve
 WARM_UP_SHARE = 20  # the reciprocal of the share of a run
@@ -214,8 +215,7 @@ def gpus_of_places(at_once: int, ranks: int) -> list[str] | None:
         raise UserError(f"--at-once {at_once}: legal: at least 1")
     if at_once == 1 or not torch.cuda.is_available():
         return None
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    every = gpu_names(torch.cuda.device_count())
     if len(every) < at_once * ranks:
         raise UserError(f"--at-once {at_once}: legal with {len(every)} GPUs and {ranks} ranks: {len(every) // ranks}")
     return [",".join(every[place * ranks : (place + 1) * ranks]) for place in range(at_once)]
