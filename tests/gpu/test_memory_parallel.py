@@ -29,7 +29,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus]
 BESIDE_FFN = "parallel.overlap_exchange=true"
 GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP
 LAYOUTS = {
-    ("block", "rows"): [P2, ROWS],
     ("ring", "columns"): [P2, COLUMNS],
     ("ring", "rows_static_overflow"): [P2, ROWS, f"{STATIC}=0.8"],
     ("block", "rows_to_all"): [P2, ROWS, f"{STATIC}=2"],

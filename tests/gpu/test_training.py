@@ -46,7 +46,7 @@ def run(gpus: WorkerPool, small_run: list[str]) -> Any:  # noqa: F811
 
 
 @two_gpus
-@pytest.mark.parametrize("layout", [[TP2], [TP2, PLAIN], [PP2], [], [PLAIN], OVERLAP], ids=" ".join)
+@pytest.mark.parametrize("layout", [[TP2], [PP2], OVERLAP, [PLAIN]], ids=" ".join)
 def test_two_gpus_in_fp32_equal_one(run: Any, layout: list[str]) -> None:
     (one,) = run(1, *MODELS["block"], LOCAL)
     results = run(2, *MODELS["block"], LOCAL, *layout)
@@ -64,16 +64,6 @@ def test_interleaved_pipeline_equals_one_gpu(run: Any) -> None:
     (one,) = run(1, *MODELS["deep_block"], LOCAL)
     for result in run(2, *MODELS["deep_block"], LOCAL, *INTERLEAVED):
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
-
-
-@two_gpus
-@pytest.mark.parametrize("layout", [["parallel.context_parallel_size=2"], [TP2], [PP2]], ids=" ".join)
-def test_transformer_engine_on_two_gpus_equals_one(run: Any, layout: list[str]) -> None:
-    """In bf16, as context parallelism needs it: to bf16 round-off."""
-    (one,) = run(1, *MODELS["block"], *WIDE, TE, BF16)
-    for result in run(2, *MODELS["block"], *WIDE, TE, BF16, *layout):
-        np.testing.assert_allclose(result["losses"], one["losses"], rtol=3e-3)
-        np.testing.assert_allclose(result["grad_norms"], one["grad_norms"], rtol=5e-2)
 
 
 @two_gpus
