@@ -40,13 +40,17 @@ def release_all() -> None:
 
 @contextmanager
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any, what: str) -> Iterator[None]:
-    """Within it, what is launched is recorded instead of run.
+    """Within it, what is launched is recorded instead of run. What torch.compile has not compiled before runs as plain
+    PyTorch: a kernel that is tuned waits for the device.
 
     Raises TrainingError that names `what` and the line of code whose operation cannot be recorded.
     """
     try:
         # Of this thread alone: NCCL's watchdog asks for events of earlier collectives meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            torch.compiler.set_stance("eager_on_recompile"),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             yield
     except Exception as error:
         raise TrainingError(

@@ -114,7 +114,9 @@ class ModelGraph:
             )
 
     def _record_backward(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        self._grad_output = torch.zeros_like(self._output)
+        # Strides as the loss gives them, not those of the losses: with one sequence in a micro-batch they differ, and
+        # what torch.compile made for the step without graphs would not do.
+        self._grad_output = torch.zeros(self._output.shape, dtype=self._output.dtype, device=self._output.device)
         with (
             Counted(self._pools) as self._backward_traffic,
             recording(self._backward, stream, pool, "the model's backward"),

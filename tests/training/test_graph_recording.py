@@ -67,3 +67,15 @@ def test_what_was_only_recorded_counts_once_for_every_replay(recording: ModuleTy
     counted.repeat()
     counted.repeat()
     assert traffic.received == {"forward": 205, "backward": 20} and traffic.messages == {"forward": 3, "backward": 2}
+
+
+def test_the_loss_hands_back_gradients_with_the_strides_that_are_recorded(recording: ModuleType) -> None:
+    """The losses of one sequence are a transposed column: code compiled for their strides would not be used again."""
+    from megatron_ultramem.training.step import _loss
+
+    losses_BS = torch.rand(5, 1).transpose(0, 1).contiguous().requires_grad_()
+    handed_back: list[tuple[int, ...]] = []
+    losses_BS.register_hook(lambda grad: handed_back.append(grad.stride()))
+    _loss(torch.ones(1, 5), losses_BS)[0].backward()
+    assert handed_back == [torch.zeros(1, 5).stride()]
+    assert losses_BS.stride() != handed_back[0]
