@@ -6,12 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gpu_sharing import GROUPS, WORKER, in_turn, prepare_process, scheduler, tell_groups
+from tests.gpu_sharing import GROUPS, WORKER, in_turn, longest_first, prepare_process, scheduler, tell_groups
 
 MODULE_CACHE = pytest.StashKey[str]()
 
@@ -31,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         if WORKER in os.environ:
             prepare_process()
+        else:
+            config.pluginmanager.register(Failures(config))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -47,11 +50,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skipif(_gpus() < 2, reason="needs two GPUs"))
     if hasattr(config, "workerinput"):
         tell_groups([item for item in items if item.get_closest_marker("gpu")], Path(config.workerinput["groups"]))
+        if config.workerinput["longest_first"]:
+            items[:] = longest_first(items)
+
+
+class Failures:
+    """Tells of failures when they happen: a run that is cut off has no summary at its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal:
+            terminal.ensure_newline()
+            terminal.write_line(f"failed in {report.when}: {report.nodeid}\n{report.longreprtext}", flush=True)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"megatron-core: {version('megatron-core')}"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["groups"] = str(node.config.stash[GROUPS])
+    node.workerinput["longest_first"] = node.config.getoption("dist") == "loadgroup"
 
 
 @pytest.hookimpl(optionalhook=True)

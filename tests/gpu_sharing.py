@@ -1,5 +1,5 @@
 """How tests share GPUs when pytest-xdist runs several at once (`make test-gpu`): which stay in one process, which GPU a
-process takes first, and who waits for whom."""
+process takes first, who begins first and who waits for whom."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 WORKER = "PYTEST_XDIST_WORKER"  # gw0, gw1, ... in the processes of pytest-xdist
+USUAL_SECONDS = 3.0  # of a test that does not say
 GROUPS = pytest.StashKey[Path]()  # the file in which they tell their parent the groups of tests
 
 
@@ -39,6 +41,18 @@ def group_of(item: pytest.Item) -> str | None:
     return item.path.stem if shared else None
 
 
+def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """The same tests, those of a group together, from the longest group to the shortest; at the end those that run
+    alone, because nothing begins while they wait for what has begun."""
+    seconds: dict[str, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("seconds")
+        own = marker.args[0] if marker else USUAL_SECONDS
+        name = group_of(item) or item.nodeid
+        seconds[name] = seconds.get(name, 0) + (-inf if item.get_closest_marker("alone") else own)
+    return sorted(items, key=lambda item: (-seconds[name := group_of(item) or item.nodeid], name))
+
+
 def tell_groups(items: Sequence[pytest.Item], path: Path) -> None:
     """Writes the group of each test; processes that write at the same time write the same."""
     groups = {item.nodeid: group for item in items if (group := group_of(item))}
@@ -48,13 +62,14 @@ def tell_groups(items: Sequence[pytest.Item], path: Path) -> None:
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of pytest-xdist: deals groups, the largest first, then single tests. Its own `loadgroup` reads groups from the
-    names of tests, which it cannot change under pytest 9.2."""
+    """Of pytest-xdist: deals groups and single tests in the order in which they were collected (`longest_first`). Its own
+    `loadgroup` reads groups from the names of tests, which it cannot change under pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
         def schedule(self) -> None:
             self.groups = json.loads(config.stash[GROUPS].read_text())
+            config.option.loadscopereorder = False  # by the number of their tests
             super().schedule()
 
         def _split_scope(self, nodeid: str) -> str:

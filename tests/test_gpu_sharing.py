@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +13,7 @@ from threading import Event
 
 import pytest
 
-from tests.gpu_sharing import WORKER, in_turn, prepare_process, tell_groups
+from tests.gpu_sharing import WORKER, in_turn, longest_first, prepare_process, tell_groups
 
 SECONDS = 30.0
 
@@ -59,8 +62,6 @@ def test_runs_on_other_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("worker", "first"), [("gw0", "4,5,7"), ("gw1", "5,7,4"), ("gw11", "7,4,5")])
 def test_processes_begin_with_different_gpus(monkeypatch: pytest.MonkeyPatch, worker: str, first: str) -> None:
-    import os
-
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(WORKER, worker)
@@ -84,3 +85,74 @@ def test_tests_that_share_a_fixture_of_their_file_are_a_group(
 
     assert groups() == {request.node.nodeid: "test_gpu_sharing"}
     assert groups("two_gpus") == {request.node.nodeid: "two_gpus"}
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMED = """
+import pytest
+
+@pytest.fixture(scope="module")
+def shared(): ...
+
+@pytest.mark.alone
+@pytest.mark.seconds(40)
+def test_alone(): ...
+def test_one(): ...
+@pytest.mark.seconds(20)
+def test_twenty(): ...
+@pytest.mark.parametrize("number", range(8))
+def test_many(shared, number): ...
+@pytest.mark.seconds(30)
+def test_thirty(): ...
+def test_another(shared): ...
+"""
+
+
+def collected(folder: Path) -> list[str]:
+    found: list[pytest.Item] = []
+
+    class Order:
+        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+            items[:] = longest_first(items)
+            found.extend(items)
+
+    code = pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", str(folder)], plugins=[Order()])
+    assert code == 0
+    return [item.name for item in found]
+
+
+def test_long_tests_and_groups_begin_first_and_those_alone_last(tmp_path: Path) -> None:
+    """A group counts with all of its tests, also those that say nothing of their time."""
+    (tmp_path / "test_timed.py").write_text(TIMED)
+    many = [f"test_many[{number}]" for number in range(8)]
+    assert collected(tmp_path) == ["test_thirty", *many, "test_another", "test_twenty", "test_one", "test_alone"]
+
+
+CUT = """
+import os, signal, time
+
+def test_fails():
+    assert 6 * 7 == 41
+
+def test_that_cuts_the_run_off():
+    time.sleep(1)  # what is on its way to the parent arrives
+    os.kill({process}, signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "process"), [([], "os.getpid()"), (["-n1"], "os.getppid()")], ids=["one_process", "several"]
+)
+def test_failures_are_told_when_they_happen(tmp_path: Path, arguments: list[str], process: str) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "from tests.conftest import Failures\n"
+        "def pytest_configure(config):\n"
+        "    if not hasattr(config, 'workerinput'):\n"
+        "        config.pluginmanager.register(Failures(config))\n"
+    )
+    (tmp_path / "test_cut.py").write_text(CUT.format(process=process))
+    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", *arguments, "test_cut.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode < 0
+    assert "test_cut.py::test_fails" in done.stdout and "assert (6 * 7) == 41" in done.stdout

@@ -18,6 +18,7 @@ from tests.gpu.test_training import BF16, LOCAL, TE, WIDE, two_gpus
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.seconds(8),
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
     ),

@@ -47,6 +47,7 @@ def folder(gpus: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made / "run"
 
 
+@pytest.mark.seconds(12)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["local", "transformer_engine"])
 def test_cached_and_uncached_logits_agree(gpus: WorkerPool, folder: Path, backend: str, precision: str) -> None:

@@ -65,6 +65,7 @@ def test_training_with_graphs_equals_training_without(
             assert np.array_equal(numbers, known), key
 
 
+@pytest.mark.seconds(30)
 def test_what_cannot_be_recorded_is_named(
     small_run: list[str],  # noqa: F811
 ) -> None:

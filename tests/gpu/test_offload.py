@@ -51,7 +51,11 @@ def train(overrides: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("distributed", "precision", "backend"), [("true", "bf16", "deepspeed"), ("false", "fp32", "torch")]
+    ("distributed", "precision", "backend"),
+    [
+        pytest.param("true", "bf16", "deepspeed", marks=pytest.mark.seconds(95)),  # whose kernel is compiled
+        ("false", "fp32", "torch"),
+    ],
 )
 def test_it_trains_as_on_the_device_and_frees_the_state(
     gpus: WorkerPool,

@@ -24,6 +24,7 @@ def gpu() -> Iterator[WorkerPool]:
     workers.close()
 
 
+@pytest.mark.seconds(45)
 def test_traces_hold_kernels_and_snapshots_hold_allocations(
     gpu: WorkerPool,
     small_run: list[str],  # noqa: F811

@@ -89,6 +89,7 @@ def _distance(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-12))
 
 
+@pytest.mark.seconds(25)
 @pytest.mark.parametrize("model", ["block", "moe_memory_dense"])
 def test_transformer_engine_equals_the_local_back_end(run: Any, model: str) -> None:
     (local,) = run(1, *MODELS[model], *WIDE, LOCAL, BF16)
@@ -112,6 +113,7 @@ def test_deterministic_training_repeats_bitwise(gpus: WorkerPool, small_run: lis
         assert np.array_equal(a, b), key
 
 
+@pytest.mark.seconds(135)
 def test_quickstart_trains_and_generates(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # it takes two where it sees them
