@@ -62,8 +62,8 @@ def tell_groups(items: Sequence[pytest.Item], path: Path) -> None:
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of pytest-xdist: deals groups and single tests in the order in which they were collected (`longest_first`). Its own
-    `loadgroup` reads groups from the names of tests, which it cannot change under pytest 9.2."""
+    """Of pytest-xdist: deals groups and single tests in the order in which they were collected (`longest_first`). Its
+    own `loadgroup` reads groups from the names of tests, which it cannot change under pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
