@@ -8,6 +8,8 @@ Every case is a run of its own on `--ranks` GPUs, all with one memory-parallel g
 (benchmarks/results/memory_parallel_<hardware>.json), means over one rank's micro-batches where not said otherwise:
   tokens_per_s                 forward and backward of 4 micro-batches on every rank, all ranks together
   tokens_per_s_with_optimizer  whole steps of as many
+  tokens_per_s_spread_percent, step_ms_spread_percent  the slowest of the measured times less the fastest, in % of their
+                               median, of which the speed is
   step_cost_percent            step time over that of `replicated` with the same kind of CUDA graphs, less 100 %
   exchange_mb                  received in forward and backward, by the run-time counter
   exchange_ms, exchange_gb_s   time of the all-to-all kernels, each on the rank that came to it last (the others wait
@@ -39,7 +41,7 @@ from megatron_ultramem.results import Row, write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MICRO_BATCHES = 4  # of a rank, per measured step
-WARM_UP_STEPS, MEASURED_STEPS = 3, 3
+WARM_UP_STEPS, MEASURED_STEPS = 3, 5
 BYTES_OF_A_PARAMETER = 2 + 4 + 12  # bf16, its fp32 gradient, fp32 weight and two moments
 BESIDE_FFN = "parallel.overlap_exchange=true"
 GRAPHS, FULL_GRAPHS = "train.cuda_graphs=memory", "train.cuda_graphs=full"
@@ -168,15 +170,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
     from megatron_ultramem.training.distributed import destroy_distributed
     from megatron_ultramem.training.exchange_figures import exchange_rows
     from megatron_ultramem.training.loop import train_step
-    from megatron_ultramem.training.measure import covered_ms, forward_backward_only, median_seconds, trace
+    from megatron_ultramem.training.measure import covered_ms, forward_backward_only, speed_rows, timing, trace
     from megatron_ultramem.training.setup import set_up
 
     prepare("cuda")
     run = set_up(config)
     for _ in range(WARM_UP_STEPS):
         loss = train_step(run)["loss"]
-    step = median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
-    forward_backward = median_seconds(run, lambda: forward_backward_only(run, MICRO_BATCHES), MEASURED_STEPS)
+    step = timing(run, lambda: train_step(run), MEASURED_STEPS)
+    forward_backward = timing(run, lambda: forward_backward_only(run, MICRO_BATCHES), MEASURED_STEPS)
     peak = torch.cuda.max_memory_allocated() / 2**30
 
     traffic = getattr(value_pools(run.model)[0].placement, "traffic", None)
@@ -185,9 +187,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     spans = trace(run, lambda: forward_backward_only(run, 1))
     tokens = config.train.global_batch_size * config.data.sequence_length
     rows = [
-        Row(args.child, "tokens_per_s", tokens / forward_backward, "tokens/s"),
-        Row(args.child, "tokens_per_s_with_optimizer", tokens / step, "tokens/s"),
-        Row(args.child, "step_ms", step * 1e3, "ms"),
+        *speed_rows(args.child, tokens, step=step, forward_backward=forward_backward),
         Row(args.child, "gpu_busy_ms", covered_ms(spans), "ms per micro-batch"),
         Row(args.child, "peak_gib", peak, "GiB"),
         Row(args.child, "loss_last_step", loss, "nats/token"),

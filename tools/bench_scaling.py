@@ -17,6 +17,8 @@ The 1B/7B recipes fit one GPU of 141 GB (128 GiB with the whole optimizer), so t
 Rows (benchmarks/results/scaling_<hardware>.json):
   tokens_per_s                 forward and backward with the reduction of gradients, all ranks together
   tokens_per_s_with_optimizer  whole steps
+  tokens_per_s_spread_percent, step_ms_spread_percent  the slowest of the measured times less the fastest, in % of their
+                               median, of which the speed is
   scaling_efficiency_percent   of tokens_per_s, against the same way on the fewest ranks
   step_scaling_efficiency_percent  of whole steps, where more ranks also divide the optimizer's work
   times_the_moe                tokens_per_s over the fastest way of the MoE with as many ranks
@@ -62,7 +64,7 @@ from megatron_ultramem.results import Row, commit, results_path, write_results
 from megatron_ultramem.side_by_side import Job, dealt, gpu_names, run_jobs, wait_for_turn
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP_STEPS, MEASURED_STEPS = 3, 3
+WARM_UP_STEPS, MEASURED_STEPS = 3, 5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,7 +247,7 @@ def measure(config: Config, case: str, clock: Clock) -> list[Row]:
     from megatron_ultramem.model.build import value_pools
     from megatron_ultramem.training.exchange_figures import exchange_rows
     from megatron_ultramem.training.loop import train_step
-    from megatron_ultramem.training.measure import covered_ms, forward_backward_only, median_seconds, trace
+    from megatron_ultramem.training.measure import covered_ms, forward_backward_only, speed_rows, timing, trace
     from megatron_ultramem.training.setup import set_up
 
     run = set_up(config)
@@ -253,15 +255,11 @@ def measure(config: Config, case: str, clock: Clock) -> list[Row]:
     for _ in range(WARM_UP_STEPS):
         train_step(run)
     clock.lap("warm-up")
-    step = median_seconds(run, lambda: train_step(run), MEASURED_STEPS)
-    forward_backward = median_seconds(run, lambda: forward_backward_only(run, MICRO_BATCHES), MEASURED_STEPS)
+    step = timing(run, lambda: train_step(run), MEASURED_STEPS)
+    forward_backward = timing(run, lambda: forward_backward_only(run, MICRO_BATCHES), MEASURED_STEPS)
     clock.lap("measuring")
     tokens = config.train.global_batch_size * config.data.sequence_length
-    rows = [
-        Row(case, "tokens_per_s", tokens / forward_backward, "tokens/s"),
-        Row(case, "tokens_per_s_with_optimizer", tokens / step, "tokens/s"),
-        Row(case, "step_ms", step * 1e3, "ms"),
-    ]
+    rows = speed_rows(case, tokens, step=step, forward_backward=forward_backward)
     if run.platform.is_cuda:
         rows.append(Row(case, "peak_gib", torch.cuda.max_memory_allocated() / GIB, "GiB"))
         pools = value_pools(run.model)

@@ -36,13 +36,15 @@ CUTLASS = ("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")  # one launch for all experts, 
 @dataclass(frozen=True)
 class Way:
     """Of running a recipe: settings, and variables of the environment. `cut`: to as many layers as fit on so many ranks
-    (0: on those of the case)."""
+    (0: on those of the case). `step_down`: on its second number of ranks it is as important as the way so many places
+    further down is on its first."""
 
     recipe: str
     name: str
     settings: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
     cut: int | None = None
+    step_down: int = 6
 
     @property
     def halves(self) -> bool:
@@ -60,32 +62,33 @@ SHARED_BY = {
     MOE: "parallel.expert_parallel_size",
     LARGE: "parallel.memory_parallel_size",
 }
-COLUMNS, ROWS = f"{PLACEMENT}columns", f"{PLACEMENT}rows"
+COLUMNS, ROWS, AUTO = (f"{PLACEMENT}{name}" for name in ("columns", "rows", "auto"))
 WAYS = [  # most important first
-    Way(MEMORY, "columns", (FAST, COLUMNS)),
-    Way(MOE, "moe", (FAST, ROUTER), (SEGMENTS,)),
+    Way(MEMORY, "columns", (FAST, COLUMNS), step_down=1),
+    Way(MEMORY, "columns_overlap", (FAST, COLUMNS, BESIDE_FFN), step_down=4),
+    Way(MOE, "moe", (FAST, ROUTER), (SEGMENTS,), step_down=8),
     Way(MOE, "moe_cutlass", (FAST, ROUTER), (SEGMENTS, CUTLASS)),
-    Way(MEMORY, "columns_overlap", (FAST, COLUMNS, BESIDE_FFN)),
-    Way(MEMORY, "rows", (FAST, ROWS, ALL_FIT)),
-    Way(LARGE, "cut_columns", (FAST, COLUMNS), cut=0),
-    Way(MEMORY, "columns_fp8", (FP8, COLUMNS)),
-    Way(MOE, "moe_allgather_cutlass", (FAST, ROUTER, ALLGATHER), (SEGMENTS, CUTLASS)),
-    Way(MOE, "moe_fp8", (FP8, ROUTER), (SEGMENTS,)),
-    Way(MEMORY, "columns_pp2", (FAST, COLUMNS, PP2)),
+    Way(MEMORY, "columns_fp8", (FP8, COLUMNS), step_down=2),
+    Way(LARGE, "cut_columns", (FAST, COLUMNS), cut=0, step_down=1),
     Way(MEMORY, "columns_tp2", (FAST, COLUMNS, TP2)),
-    Way(MOE, "moe_graphs_cutlass", (FAST, ROUTER, *GRAPHS), (SEGMENTS, CUTLASS)),
+    Way(MEMORY, "columns_pp2", (FAST, COLUMNS, PP2)),
+    Way(MEMORY, "rows", (FAST, ROWS, ALL_FIT)),
+    Way(MEMORY, "auto", (FAST, AUTO)),
+    Way(MOE, "moe_fp8", (FP8, ROUTER), (SEGMENTS,)),
+    Way(LARGE, "cut_columns_fp8", (FP8, COLUMNS), cut=0),
+    Way(LARGE, "cut_columns_tp2", (FAST, COLUMNS, TP2), cut=0),
+    Way(LARGE, "cut_columns_pp2", (FAST, COLUMNS, PP2), cut=0),
+    Way(LARGE, "cut_rows", (FAST, ROWS, ALL_FIT), cut=0),
+    Way(LARGE, "cut_auto", (FAST, AUTO), cut=0),
     Way(LARGE, "cut_of_2_columns", (FAST, COLUMNS), cut=2),
-    Way(MEMORY, "auto", (FAST, f"{PLACEMENT}auto")),
+    Way(MOE, "moe_allgather_cutlass", (FAST, ROUTER, ALLGATHER), (SEGMENTS, CUTLASS)),
+    Way(MOE, "moe_graphs_cutlass", (FAST, ROUTER, *GRAPHS), (SEGMENTS, CUTLASS)),
     Way(MOE, "moe_pp2", (FAST, ROUTER, PP2), (SEGMENTS,)),
     Way(MOE, "moe_tp2", (FAST, ROUTER, TP2), (SEGMENTS,)),
-    Way(LARGE, "cut_rows", (FAST, ROWS, ALL_FIT), cut=0),
-    Way(LARGE, "cut_auto", (FAST, f"{PLACEMENT}auto"), cut=0),
 ]  # fmt: skip
 PREDICTED = ("predicted_step_ms", "predicted_peak_gib", "step_error_percent", "peak_error_percent")
 COMPARED = ("scaling_efficiency_percent", "step_scaling_efficiency_percent", "times_the_moe")
 UNUSED_DATA = "data.paths=[unused]"  # a plan reads none
-# A way on its second number of ranks is as important as the way so many places further down on its first.
-STEP_DOWN = 2
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def cases(ranks: list[int], ways: list[str] | None) -> list[Case]:
     rising = sorted(ranks)
     most_first = [*rising[-1:], *rising[:1], *rising[-2:0:-1]] if len(rising) > 1 else rising
     found = [
-        (place + STEP_DOWN * number, Case(way, count))
+        (place + way.step_down * number, Case(way, count))
         for place, way in enumerate(WAYS)
         for number, count in enumerate(
             [count for count in (rising if way.halves else most_first) if count >= way.least_ranks]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ultramem.results import Row
 from megatron_ultramem.training.loop import micro_batches
 from megatron_ultramem.training.memory_hooks import begin_step, model_graph
 from megatron_ultramem.training.setup import Run
@@ -50,8 +51,24 @@ def passes(run: Run, count: int) -> None:
     )
 
 
-def median_seconds(run: Run, action: Callable[[], object], repeats: int) -> float:
-    """Median seconds of an action, waiting for the device."""
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of an action that was repeated."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+    @property
+    def spread_percent(self) -> float:
+        """What the slowest took longer than the fastest, as a share of the median."""
+        return 100 * (max(self.seconds) - min(self.seconds)) / self.median
+
+
+def timing(run: Run, action: Callable[[], object], repeats: int) -> Timing:
+    """Times of an action, waiting for the device."""
     seconds = []
     for _ in range(repeats):
         wait(run.platform.device)
@@ -59,7 +76,23 @@ def median_seconds(run: Run, action: Callable[[], object], repeats: int) -> floa
         action()
         wait(run.platform.device)
         seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[repeats // 2]
+    return Timing(tuple(seconds))
+
+
+def speed_rows(case: str, tokens: int, *, step: Timing, forward_backward: Timing) -> list[Row]:
+    """Speeds of whole steps of so many tokens and of their forward and backward alone, each with its spread."""
+    return [
+        Row(case, "tokens_per_s", tokens / forward_backward.median, "tokens/s"),
+        Row(case, "tokens_per_s_spread_percent", forward_backward.spread_percent, "% of the median time"),
+        Row(case, "tokens_per_s_with_optimizer", tokens / step.median, "tokens/s"),
+        Row(case, "step_ms", step.median * 1e3, "ms"),
+        Row(case, "step_ms_spread_percent", step.spread_percent, "% of the median"),
+    ]
+
+
+def median_seconds(run: Run, action: Callable[[], object], repeats: int) -> float:
+    """Median seconds of an action, waiting for the device."""
+    return timing(run, action, repeats).median
 
 
 def trace(run: Run, action: Callable[[], object]) -> list[Span]:

@@ -11,6 +11,7 @@ from megatron_ultramem.planning import scaling
 from megatron_ultramem.planning.clusters import Cluster, load_cluster
 from megatron_ultramem.planning.evaluate import Evaluation
 from megatron_ultramem.results import Row
+from megatron_ultramem.side_by_side import dealt
 
 RECIPES = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -19,18 +20,38 @@ def plan_of(case: scaling.Case, cluster: Cluster) -> tuple[list[str], Evaluation
     return scaling.plan_of(RECIPES, [scaling.UNUSED_DATA], case, cluster)
 
 
-def test_the_most_important_cases_come_first() -> None:
+def test_a_split_model_begins_with_the_fewest_ranks() -> None:
     names = [case.name for case in scaling.cases([1, 2, 4], None)]
     assert len(set(names)) == len(names)
-    goals = [
-        f"{scaling.MEMORY}/columns_x4",
-        f"{scaling.MEMORY}/columns_x1",
-        f"{scaling.MOE}/moe_x4",
-        f"{scaling.MOE}/moe_x1",
-    ]
-    assert set(goals) <= set(names[:6]) and names[0] == goals[0]
     assert not {f"{scaling.MEMORY}/columns_tp2_x1", f"{scaling.MOE}/moe_pp2_x1"} & set(names)
     assert names.index(f"{scaling.MEMORY}/columns_pp2_x2") < names.index(f"{scaling.MEMORY}/columns_pp2_x4")
+
+
+def test_short_runs_on_four_gpus_come_to_the_goals_first() -> None:
+    cluster, same = load_cluster("h200"), dict[tuple[object, ...], scaling.Case]()
+    for case in scaling.cases([1, 2, 4], None)[:24]:
+        planned = scaling.Planned(case, *plan_of(case, cluster))
+        if planned.plan.fits:
+            same.setdefault(planned.identity, case)
+    jobs = list(same.values())
+    rounds: list[set[str]] = []
+    for number, places in dealt([case.ranks for case in jobs], 4):
+        if places[0] == 0:
+            rounds.append(set())
+        rounds[-1].add(jobs[number].name.partition("/")[2])
+    assert rounds[:9] == [
+        {"columns_x4"}, {"columns_x1", "columns_x2", "columns_fp8_x1"}, {"columns_overlap_x4"},
+        {"moe_x4"}, {"moe_cutlass_x4"}, {"columns_fp8_x4"}, {"cut_columns_x4"},
+        {"columns_tp2_x2", "cut_columns_x2"}, {"columns_pp2_x2", "columns_fp8_x2"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [scaling.MEMORY, scaling.LARGE])
+def test_every_recipe_with_memory_runs_by_all_placements_split_in_two_ways_and_in_fp8(recipe: str) -> None:
+    ways = {one for way in scaling.WAYS if way.recipe == recipe for one in way.settings}
+    assert ways >= {scaling.COLUMNS, scaling.ROWS, scaling.AUTO, scaling.TP2, scaling.PP2, scaling.FP8}
+    four = [case for case in scaling.cases([4], None) if case.way.recipe == recipe]
+    assert all(plan_of(case, load_cluster("h200"))[1].fits for case in four)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])

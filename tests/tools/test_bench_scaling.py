@@ -25,7 +25,7 @@ MOE = "memory: {layers: none}, moe: {layers: all, num_experts: 4, top_k: 2, ffn_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ways=other"], "--ways other: legal: columns, moe"),
+        (["--ways=other"], "--ways other: legal: columns, "),
         (["--ranks=two"], "--ranks two: legal: numbers"),
         (["--cluster=mine"], "--cluster mine: unknown"),
         (["--again=none.json"], "--again none.json: there is no such file"),
@@ -53,6 +53,7 @@ def test_it_measures_on_ranks_of_its_own(
     (written,) = tmp_path.glob("scaling_*.json")
     values = {(row["case"], row["metric"]): row["value"] for row in json.loads(written.read_text())["rows"]}
     for case in (f"{scaling.MEMORY}/columns_x1", f"{scaling.MEMORY}/columns_tp2_x2", f"{scaling.LARGE}/cut_columns_x2"):
+        assert values[case, "step_ms_spread_percent"] > 0 and values[case, "tokens_per_s_spread_percent"] > 0
         assert values[case, "tokens_per_s"] > 0 and values[case, "predicted_step_ms"] > 0
     assert values[f"{scaling.LARGE}/cut_columns_x2", "layers"] == 2
     assert values[f"{scaling.MEMORY}/columns_x2", "scaling_efficiency_percent"] > 0
