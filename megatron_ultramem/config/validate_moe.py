@@ -47,7 +47,7 @@ def validate_moe(config: Config) -> None:
     if moe.dispatcher == "flex" and ranks == 1:
         raise ConfigError(
             "model.moe.dispatcher = flex with parallel.expert_parallel_size = 1 and tensor_parallel_size = 1: there is "
-            "nobody to send tokens to; legal: alltoall or allgather"
+            "nobody to send tokens to; legal: alltoall or allgather, or one of these sizes above 1"
         )
 
 

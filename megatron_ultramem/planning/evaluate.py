@@ -19,6 +19,8 @@ from megatron_ultramem.planning.workload import Workload
 # (name, train.recompute, model.memory.recompute), lightest first.
 RECOMPUTE_MODES = (("none", "none", False), ("selective", "selective", False), ("memory", "none", True),
                    ("full", "full", False))  # fmt: skip
+# Settings of `parallel` that follow from the layout, and are named where a config has them otherwise.
+FOLLOWING = ("sequence_parallel", "overlap_p2p", "memory_columns", "exchange_capacity", "overlap_exchange")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Evaluation:
     def recompute(self) -> str:
         return recompute_mode(self.config)
 
-    def settings(self) -> dict[str, object]:
-        """The settings that make up the layout, by their names."""
+    def settings(self, given: Config) -> dict[str, object]:
+        """The settings that make this layout of `given`, by their names."""
         p, t = self.config.parallel, self.config.train
         found: dict[str, object] = {
             "parallel.tensor_parallel_size": p.tensor_parallel_size,
@@ -47,14 +49,15 @@ class Evaluation:
             "parallel.context_parallel_size": p.context_parallel_size,
             "parallel.expert_parallel_size": p.expert_parallel_size,
             "parallel.memory_parallel_size": p.memory_parallel_size,
-            "parallel.memory_placement": p.memory_placement,
+            "parallel.memory_placement": self.layout.placement.placement,
             "train.micro_batch_size": t.micro_batch_size,
             "train.recompute": t.recompute,
             "model.memory.recompute": self.config.model.memory.recompute,
             "train.cuda_graphs": t.cuda_graphs,
         }
-        if p.virtual_pipeline_stages > 1:
-            found["parallel.overlap_p2p"] = p.overlap_p2p
+        for name in FOLLOWING:
+            if getattr(p, name) != getattr(given.parallel, name):
+                found[f"parallel.{name}"] = getattr(p, name)
         if self.layout.placement.placement == "two_level":
             found["parallel.memory_columns"] = self.layout.placement.columns
         return found
@@ -68,12 +71,16 @@ def recompute_mode(config: Config) -> str:
 
 
 class Evaluator:
-    """Judges layouts of one model on one cluster."""
+    """Judges layouts of one model on one cluster.
+
+    Attributes:
+        modes: names of the recompute modes that the model can be trained in, lightest first.
+    """
 
     def __init__(self, config: Config, vocab_size: int, cluster: Cluster) -> None:
         """Raises ConfigError for what is wrong with the config under any layout."""
         self.cluster = cluster
-        validate(dataclasses.replace(config, parallel=ParallelConfig()))
+        legal = _legal_somehow(config)
         if config.train.fp8.recipe != "none" and not cluster.fp8_times:
             raise ConfigError(
                 f"train.fp8.recipe = {config.train.fp8.recipe}: GPUs of cluster {cluster.name} have no FP8 products "
@@ -84,15 +91,12 @@ class Evaluator:
         # Planned for GPUs with Transformer Engine and the kernels, unless the config says otherwise.
         self.backend = "local" if config.model.backend == "local" else "transformer_engine"
         self.fused = config.model.memory.kernels != "reference"
+        names = [name for name, *_ in RECOMPUTE_MODES if self.work.pools or name != "memory"]
+        self.modes = [name for name in names if not _problem(with_recompute(legal, name))]
 
     def problem(self, config: Config, gpus: int) -> str:
         """Why the layout is not legal on `gpus` ranks; '' if it is."""
-        try:
-            validate(config)
-            validate_world(config, gpus)
-        except ConfigError as error:
-            return str(error)
-        return ""
+        return _problem(config, gpus)
 
     def memory(self, config: Config, layout: Layout) -> tuple[int, RankMemory]:
         """(stage, memory) of the stage that needs most."""
@@ -128,6 +132,29 @@ class Evaluator:
             self.fits(memory),
             self.times.step(config, layout),
         )
+
+
+def _problem(config: Config, gpus: int | None = None) -> str:
+    try:
+        validate(config)
+        if gpus is not None:
+            validate_world(config, gpus)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _legal_somehow(config: Config) -> Config:
+    """`config` in its own layout, or without any where that one is not legal; raises ConfigError where neither is.
+
+    Its own comes first: some settings (model.moe.dispatcher = flex) need more than one rank.
+    """
+    if not (problem := _problem(config)):
+        return config
+    plain = dataclasses.replace(config, parallel=ParallelConfig())
+    if _problem(plain):
+        raise ConfigError(problem)
+    return plain
 
 
 def on_cluster(config: Config, cluster: Cluster) -> Config:

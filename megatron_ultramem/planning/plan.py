@@ -13,11 +13,12 @@ from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.planning.access import DECODING_BATCHES, Comparison, decoding_access, training_access
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import Links, Transfer, step_traffic
-from megatron_ultramem.planning.evaluate import RECOMPUTE_MODES, Evaluation, Evaluator, on_cluster, with_recompute
+from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster, with_recompute
 from megatron_ultramem.planning.flops import FlopsPerToken, flops_per_token
 from megatron_ultramem.planning.memory import RankMemory, host_memory
 from megatron_ultramem.planning.parameters import ParameterCounts, count_parameters
 from megatron_ultramem.planning.search import (
+    LARGEST_CLUSTER,
     Found,
     as_overrides,
     binding_constraint,
@@ -35,7 +36,7 @@ class Plan:
     Attributes:
         problem: why the config's own layout is not legal or does not fit; '' if it is and does.
         shown: the layout that the details are of: the config's own, or the best that was found.
-        modes: that layout under every kind of recomputation, by name.
+        modes: that layout under every legal kind of recomputation, by name.
         found: layouts that fit (None without a search).
     """
 
@@ -60,10 +61,10 @@ class Plan:
             "flops_per_token": flops,
             "memory_access_per_token": [dataclasses.asdict(comparison) for comparison in self.access],
             "problem": self.problem,
-            "layout": layout_dict(self.shown),
+            "layout": layout_dict(self.shown, self.config),
             "recompute": {mode: memory_dict(shown.memory) for mode, shown in self.modes.items()},
             "communication_per_step": {name: dataclasses.asdict(moved) for name, moved in self.traffic.items()},
-            "layouts": [layout_dict(found) for found in self.found.fitting] if self.found else None,
+            "layouts": [layout_dict(found, self.config) for found in self.found.fitting] if self.found else None,
         }
 
 
@@ -72,11 +73,11 @@ def memory_dict(memory: RankMemory) -> dict[str, float]:
     return dataclasses.asdict(memory) | {"peak": memory.peak, "required": memory.required}
 
 
-def layout_dict(shown: Evaluation) -> dict[str, Any]:
-    """One layout with its memory and time."""
+def layout_dict(shown: Evaluation, given: Config) -> dict[str, Any]:
+    """One layout of the config that was given, with its memory and time."""
     layout = dataclasses.asdict(shown.layout)
     return {
-        "settings": shown.settings(),
+        "settings": shown.settings(given),
         "layout": layout | {"placement": shown.layout.placement.placement},
         "fits": shown.fits,
         "fullest_stage": shown.stage,
@@ -124,11 +125,7 @@ def make_plan(
     shown = own if own is not None else found.fitting[0] if found is not None else None
     if shown is None:
         raise ConfigError(f"the layout of the config is not legal on {gpus} GPUs: {problem}")
-    modes = {
-        name: evaluator.evaluate(with_recompute(shown.config, name), gpus)
-        for name, *_ in RECOMPUTE_MODES
-        if evaluator.work.pools or name != "memory"
-    }
+    modes = {name: evaluator.evaluate(with_recompute(shown.config, name), gpus) for name in evaluator.modes}
     element = shown.layout.element
     tokens = shown.layout.micro_batch * config.data.sequence_length
     return Plan(
@@ -153,17 +150,14 @@ def _cannot_be_laid_out(evaluator: Evaluator, config: Config, found: Found) -> s
     constraint = binding_constraint(evaluator, found)
     smallest = smallest_cluster(evaluator, config)
     name = evaluator.cluster.name
+    said = f"no layout fits {found.gpus} x {name}: {constraint}"
     if smallest is None:
-        return f"no layout fits {found.gpus} x {name}: {constraint}; no cluster of up to 16384 of them would do either"
-    said = (
-        f"no layout fits {found.gpus} x {name}: {constraint}; the smallest cluster that would do: "
-        f"{smallest.layout.gpus} x {name}, with {as_overrides(smallest.settings())}"
-    )
+        return f"{said}; no cluster of up to {LARGEST_CLUSTER} of them would do either"
+    named = [("smallest cluster that would do", smallest)]
     if smallest.layout.gpus < found.gpus:
-        largest = largest_cluster(evaluator, config, found.gpus) or smallest
-        said += (
-            f"; the largest with fewer GPUs: {largest.layout.gpus} x {name}, with {as_overrides(largest.settings())}"
-        )
+        named.append(("largest with fewer GPUs", largest_cluster(evaluator, config, found.gpus) or smallest))
+    for what, shown in named:
+        said += f"; the {what}: {shown.layout.gpus} x {name}, with {as_overrides(shown.settings(config))}"
     return said
 
 

@@ -182,7 +182,7 @@ def _layouts(plan: Plan, console: Console, top: int) -> None:
             found.time.bound_by.replace("_", " "),
         )
     console.print(table)
-    console.print("The first as settings: " + as_overrides(fitting[0].settings()))
+    console.print("The first as settings: " + as_overrides(fitting[0].settings(plan.config)))
 
 
 def _count(number: float) -> str:

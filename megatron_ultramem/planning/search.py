@@ -123,17 +123,17 @@ def describe(config: Config, layout: Layout) -> str:
 
 def as_overrides(settings: dict[str, object]) -> str:
     """Settings as the command line takes them."""
-    return " ".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
-    )
+    return " ".join(f"{key}={_word(value)}" for key, value in settings.items())
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _fitting(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals) -> Iterator[Evaluation]:
-    modes = ["none", "full"]
-    if evaluator.work.pools:
-        modes.insert(1, "memory")
-    if evaluator.backend == "local":  # fused attention has no scores that could be dropped
-        modes.insert(1, "selective")
+    modes = _modes(evaluator)
     for placed in _placed(evaluator, config, gpus, refusals):
         unfit: set[str] = set()  # modes in which a smaller micro-batch did not fit
         for sized in _micro_batches(evaluator, placed, gpus):
@@ -149,6 +149,11 @@ def _fitting(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals
                 refusals.too_large(candidate, memory)
             if len(unfit) == len(modes):
                 break
+
+
+def _modes(evaluator: Evaluator) -> list[str]:
+    """Recompute modes worth trying: fused attention has no scores that `selective` could drop."""
+    return [mode for mode in evaluator.modes if mode != "selective" or evaluator.backend == "local"]
 
 
 def _placed(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals) -> Iterator[Config]:
@@ -172,20 +177,28 @@ def _placed(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals)
 
 
 def _placements(evaluator: Evaluator, candidate: Config, gpus: int, refusals: Refusals) -> Iterator[Config]:
-    smallest = _with(candidate, micro_batch_size=1, cuda_graphs="none")
+    # Static sizes are for placements that have them, whichever is the fastest without.
+    plain = dataclasses.replace(candidate, parallel=dataclasses.replace(candidate.parallel, exchange_capacity=None))
+    smallest = _with(plain, micro_batch_size=1, cuda_graphs="none")
     reason = evaluator.problem(smallest, gpus)
     if reason:
         reasons = refusals.small_batch if reason.startswith("train.") else refusals.illegal
         reasons[reason] += 1
         return
-    _, memory = evaluator.memory(with_recompute(smallest, "full"), layout_of(smallest, gpus))
+    in_modes = [with_recompute(smallest, mode) for mode in _modes(evaluator)]
+    layout = layout_of(smallest, gpus)
+    least, memory = min(
+        ((one, evaluator.memory(one, layout)[1]) for one in in_modes), key=lambda found: found[1].required
+    )
     if not evaluator.fits(memory):  # with less there is nothing to try
-        refusals.too_large(with_recompute(smallest, "full"), memory)
+        refusals.too_large(least, memory)
         return
     for estimate in estimates(candidate):
         if estimate.problem:
             continue
         parallel = dataclasses.replace(candidate.parallel, memory_placement=estimate.placement)
+        if estimate.placement == "columns":
+            parallel.exchange_capacity = None
         placed = dataclasses.replace(candidate, parallel=parallel)
         graphs_go_with_it = not evaluator.problem(_with(placed, micro_batch_size=1), gpus)
         yield placed if graphs_go_with_it else _with(placed, cuda_graphs="none")

@@ -16,7 +16,7 @@ from megatron_ultramem.planning.clusters import load_cluster
 from megatron_ultramem.planning.evaluate import Evaluator, on_cluster
 from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.planning.plan import make_plan
-from megatron_ultramem.planning.search import Found, search
+from megatron_ultramem.planning.search import Found, as_overrides, search
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SMALL = [
@@ -42,7 +42,7 @@ def test_every_layout_found_is_legal_fits_and_uses_all_gpus() -> None:
         validate(layout.config)
         assert validate_world(layout.config, 8) == layout.layout.data
         assert layout.memory.required <= load_cluster("h100").usable_gib * GIB
-        settings = [f"{name}={value}" for name, value in layout.settings().items()]
+        settings = as_overrides(layout.settings(load_config(None, SMALL))).split()
         assert validate_world(load_config(None, [*SMALL, *settings]), 8) == layout.layout.data
 
 
@@ -51,7 +51,7 @@ def test_settings_of_two_levels_name_the_columns_of_the_clusters_nodes() -> None
     config = on_cluster(load_config(None, [*SMALL, "parallel.ranks_per_node=8"]), machine)
     fitting = search(Evaluator(config, 50304, machine), config, 16).fitting
     layout = next(one for one in fitting if one.layout.placement.placement == "two_level")
-    settings = [f"{name}={value}" for name, value in layout.settings().items()]
+    settings = as_overrides(layout.settings(config)).split()
     chosen = choose(load_config(None, [*SMALL, "parallel.ranks_per_node=8", *settings]))
     assert (chosen.placement, chosen.columns) == ("two_level", 4)
 
