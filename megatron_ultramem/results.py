@@ -16,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,26 @@ def results_path(folder: Path, benchmark: str) -> Path:
     return folder / f"{benchmark}_{short_hardware_name()}.json"
 
 
-def write_results(folder: Path, benchmark: str, rows: Sequence[Row], *, keep_other_cases: bool = True) -> Path:
-    """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay."""
+def write_results(
+    folder: Path,
+    benchmark: str,
+    rows: Sequence[Row],
+    *,
+    keep_other_cases: bool = True,
+    measured: Collection[str] | None = None,
+) -> Path:
+    """Writes <benchmark>_<hardware>.json; with `keep_other_cases`, cases of an existing file not measured now stay.
+
+    measured: the cases that this call measured, if `rows` has those of the existing file too; None: all of `rows`.
+    """
     path = results_path(folder, benchmark)
-    measured = {row.case for row in rows}
+    given = {row.case for row in rows}
     kept, earlier = [], []
     if keep_other_cases and path.exists():
         before = json.loads(path.read_text())
-        kept = [row for row in before["rows"] if row["case"] not in measured]
-        earlier = _earlier(before, list(dict.fromkeys(row["case"] for row in kept)))
+        kept = [row for row in before["rows"] if row["case"] not in given]
+        now = given if measured is None else measured
+        earlier = _earlier(before, list(dict.fromkeys(row["case"] for row in before["rows"] if row["case"] not in now)))
     content = {
         "benchmark": benchmark,
         "hardware": hardware_name(),

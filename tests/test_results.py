@@ -25,3 +25,15 @@ def test_cases_of_earlier_calls_keep_their_origin(tmp_path: Path, monkeypatch: p
     assert third["earlier"][0]["command"] == "python tools/bench.py one" and third["commit"] == "three"
     assert {row["case"] for row in third["rows"]} == {"w", "x", "y", "z"}
     assert "earlier" not in measure("four", "w", "x", "y", "z")
+
+
+def test_figures_of_earlier_calls_that_are_derived_anew_keep_their_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row("x", "ms", 1.0, "ms"), Row("y", "ms", 1.0, "ms")]
+    for commit, measured in (("one", ["x", "y"]), ("two", ["y"]), ("two", ["y"])):  # the last writes after every case
+        monkeypatch.setenv("COMMIT", commit)
+        path = write_results(tmp_path, "b", [*rows, Row("x", "times", 2.0, "x")], measured=measured)
+    content = json.loads(path.read_text())
+    assert [(call["commit"], call["cases"]) for call in content["earlier"]] == [("one", ["x"])]
+    assert content["commit"] == "two" and len(content["rows"]) == 3

@@ -21,7 +21,8 @@ Rows (benchmarks/results/scaling_<hardware>.json):
                                median, of which the speed is
   scaling_efficiency_percent   of tokens_per_s, against the same way on the fewest ranks
   step_scaling_efficiency_percent  of whole steps, where more ranks also divide the optimizer's work
-  times_the_moe                tokens_per_s over the fastest way of the MoE with as many ranks
+  times_the_moe                tokens_per_s over the fastest way of the MoE with as many ranks, in whatever precision
+                               either of them is
   exchange_mb, exchange_gb_s, exchange_hidden_percent   of the memory exchange, without pipeline
   step_ms, peak_gib, gpu_busy_ms, and what the planner says: predicted_step_ms, predicted_peak_gib, step_error_percent,
                                peak_error_percent
@@ -105,7 +106,8 @@ def measure_all(args: argparse.Namespace) -> None:
     def found(case: str, figures: list[Row]) -> None:
         done.append(case)
         rows[case] = figures
-        write_results(args.output, "scaling", compared([row for own in rows.values() for row in own]))
+        everything = compared([row for own in rows.values() for row in own])
+        write_results(args.output, "scaling", everything, measured=done)
 
     def ended(job: Job, problem: str) -> None:
         answer = job.log.with_suffix(".json")

@@ -212,37 +212,66 @@ def plan(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Columns of docs/scaling.md: heading, metric.
+# Columns of docs/scaling.md: heading, metric. Those of which nothing was measured are left out.
 SCALING = {
-    "layers": "layers", "tokens/s": "tokens_per_s", "of ideal, %": "scaling_efficiency_percent",
+    "layers": "layers", "tokens/s": "tokens_per_s", "spread, %": "tokens_per_s_spread_percent", "of ideal, %": "scaling_efficiency_percent",
     "steps, of ideal, %": "step_scaling_efficiency_percent", "times the MoE": "times_the_moe",
     "exchange, GB/s": "exchange_gb_s", "hidden, %": "exchange_hidden_percent", "step, ms": "step_ms",
-    "predicted, ms": "predicted_step_ms", "error, %": "step_error_percent", "peak, GiB": "peak_gib",
+    "step's spread, %": "step_ms_spread_percent", "predicted, ms": "predicted_step_ms", "error, %": "step_error_percent", "peak, GiB": "peak_gib",
     "predicted, GiB": "predicted_peak_gib",
 }  # fmt: skip
 
 
 def scaling(folder: Path) -> str:
-    """Markdown of what tools/bench_scaling.py found on each machine: a line for a case."""
+    """Markdown of what tools/bench_scaling.py found on each machine: a line for a run, with all the cases that it is,
+    and one for what does not fit."""
     parts = []
     for path in sorted(folder.glob("scaling_*.json")):
         content = json.loads(path.read_text())
-        lines = ["| case | " + " | ".join(SCALING) + " |", "|---" * (len(SCALING) + 1) + "|"]
         cases = _cases(content)
-        for case in sorted(cases, key=lambda case: ("step_ms" not in cases[case], *_way_and_ranks(case))):
-            own = cases[case]
+        runs: dict[tuple[object, ...], list[str]] = {}  # cases of the same figures, by these
+        for case, own in cases.items():
+            if "step_ms" in own:
+                recipe, ranks = case.partition("/")[0], _way_and_ranks(case)[1]
+                runs.setdefault((recipe, ranks, own["step_ms"], own.get("tokens_per_s")), []).append(case)
+        columns = {
+            name: metric for name, metric in SCALING.items() if any(metric in cases[c[0]] for c in runs.values())
+        }
+        lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for same in sorted(runs.values(), key=lambda same: _way_and_ranks(same[0])):
+            own = cases[same[0]]
             cells = [
                 ""
                 if metric not in own
                 else f"{round(own[metric], 1) + 0.0:g}"
                 if "%" in heading
                 else _number(own[metric])
-                for heading, metric in SCALING.items()
+                for heading, metric in columns.items()
             ]
-            lines.append(f"| `{case}` | " + " | ".join(cells) + " |")
+            names = ", ".join(
+                [f"`{same[0]}`", *(f"`{_way_and_ranks(case)[0].partition('/')[2]}`" for case in same[1:])]
+            )
+            lines.append(f"| {names} | " + " | ".join(cells) + " |")
         head = f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n"
-        parts.append(head + "\n".join(lines) + "\n")
+        parts.append(head + "\n".join(lines) + "\n" + _unfit(cases) + _measured_before(content))
     return "\n".join(parts) or "Not measured yet.\n"
+
+
+def _unfit(cases: Cases) -> str:
+    """What does not fit, with what the planner says that a rank would hold."""
+    found = [f"`{case}` ({_number(own['predicted_peak_gib'])} GiB)" for case, own in cases.items() if "fits" in own]
+    return f"\nNot run, as the planner says that they do not fit a GPU: {', '.join(sorted(found))}.\n" if found else ""
+
+
+def _measured_before(content: dict[str, Any]) -> str:
+    """Which cases are not of the commit that the table is headed with."""
+    shown = {row["case"] for row in content["rows"] if row["metric"] == "step_ms"}
+    lines = [
+        f"\nMeasured before, at commit {call['commit']}: {', '.join(f'`{case}`' for case in sorted(own))}.\n"
+        for call in content.get("earlier", ())
+        if (own := shown.intersection(call["cases"]))
+    ]
+    return "".join(lines)
 
 
 def _way_and_ranks(case: str) -> tuple[str, int]:

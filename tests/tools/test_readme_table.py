@@ -92,17 +92,34 @@ def test_predictions_stand_beside_measurements(tmp_path: Path) -> None:
     assert "| a GPU | `r/as_is` | step_ms | 90 x | 100 x | -10.0 % |" in script("readme_table").plan(tmp_path)
 
 
-def test_a_case_of_weak_scaling_is_a_line_and_the_readme_has_the_first_ways(tmp_path: Path) -> None:
+def test_a_run_of_weak_scaling_is_a_line_and_the_readme_has_the_first_ways(tmp_path: Path) -> None:
+    one = {"tokens_per_s": 1100.0, "step_ms": 7.0, "predicted_peak_gib": 3.0}
     cases = {
         "ultramemv2_1b_7b/columns_x4": {"tokens_per_s": 4000.0, "scaling_efficiency_percent": 91.0, "step_ms": 8.0},
-        "ultramemv2_1b_7b/columns_overlap_x4": {"tokens_per_s": 3.0},
-        "olmoe_1b_7b/moe_x4": {"tokens_per_s": 2.0},
+        "ultramemv2_1b_7b/columns_x1": one,
+        "ultramemv2_1b_7b/auto_x1": one,
+        "ultramemv2_1b_7b/rows_x1": one,
+        "olmoe_1b_7b/moe_x4": {"tokens_per_s": 2.0, "step_ms": 9.0, "step_ms_spread_percent": 1.25},
         "ultramemv2_2_5b_120b_top256/cut_columns_x1": {"fits": 0.0, "predicted_peak_gib": 256.0},
     }
     write(tmp_path, "scaling", cases)
+    path = tmp_path / "scaling_gpu.json"
+    earlier = [{"cases": ["olmoe_1b_7b/moe_x4", "ultramemv2_2_5b_120b_top256/cut_columns_x1"], "commit": "old"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"earlier": earlier}))
     tool = script("readme_table")
     lines = tool.scaling(tmp_path).splitlines()
-    assert len(lines) == 2 + 2 + len(cases) and len({line.count("|") for line in lines[2:]}) == 1
-    assert lines[4].startswith("| `ultramemv2_1b_7b/columns_x4` |  | 4,000 | 91 |") and "| 256 |" in lines[-1]
+    heads = "case | tokens/s | of ideal, % | step, ms | step's spread, % | predicted, GiB"
+    assert lines[2:] == [
+        f"| {heads} |",
+        "|---|---|---|---|---|---|",
+        "| `olmoe_1b_7b/moe_x4` | 2 |  | 9 | 1.2 |  |",
+        "| `ultramemv2_1b_7b/columns_x1`, `auto`, `rows` | 1,100 |  | 7 |  | 3 |",
+        "| `ultramemv2_1b_7b/columns_x4` | 4,000 | 91 | 8 |  |  |",
+        "",
+        "Not run, as the planner says that they do not fit a GPU: "
+        "`ultramemv2_2_5b_120b_top256/cut_columns_x1` (256 GiB).",
+        "",
+        "Measured before, at commit old: `olmoe_1b_7b/moe_x4`.",
+    ]
     shown = [line.split("`")[1] for line in tool.table(tmp_path).splitlines()[2:]]
-    assert shown == ["ultramemv2_1b_7b/columns_x4", "olmoe_1b_7b/moe_x4"]
+    assert shown == ["ultramemv2_1b_7b/columns_x4", "ultramemv2_1b_7b/columns_x1", "olmoe_1b_7b/moe_x4"]
