@@ -214,11 +214,11 @@ def plan(folder: Path) -> str:
 
 # Columns of docs/scaling.md: heading, metric. Those of which nothing was measured are left out.
 SCALING = {
-    "layers": "layers", "tokens/s": "tokens_per_s", "spread, %": "tokens_per_s_spread_percent", "of ideal, %": "scaling_efficiency_percent",
-    "steps, of ideal, %": "step_scaling_efficiency_percent", "times the MoE": "times_the_moe",
-    "exchange, GB/s": "exchange_gb_s", "hidden, %": "exchange_hidden_percent", "step, ms": "step_ms",
-    "step's spread, %": "step_ms_spread_percent", "predicted, ms": "predicted_step_ms", "error, %": "step_error_percent", "peak, GiB": "peak_gib",
-    "predicted, GiB": "predicted_peak_gib",
+    "layers": "layers", "tokens/s": "tokens_per_s", "spread, %": "tokens_per_s_spread_percent",
+    "of ideal, %": "scaling_efficiency_percent", "steps, of ideal, %": "step_scaling_efficiency_percent",
+    "times the MoE": "times_the_moe", "exchange, GB/s": "exchange_gb_s", "hidden, %": "exchange_hidden_percent",
+    "step, ms": "step_ms", "step's spread, %": "step_ms_spread_percent", "predicted, ms": "predicted_step_ms",
+    "error, %": "step_error_percent", "peak, GiB": "peak_gib", "predicted, GiB": "predicted_peak_gib",
 }  # fmt: skip
 
 
