@@ -32,9 +32,9 @@ class LookupBackend(Protocol):
     """What a backend provides: both directions of the formula above, whole and in parts, without autograd.
 
     Sums are formed in fp32 (fp64 for fp64). `padded`: a negative index means no row, which contributes nothing and gets
-    no gradient; such places come last among a token's. Backwards ADD gradients of tables to the buffers they are given
-    (None: not wanted). `column_start` is where the columns of `values` lie within the C slices of `core_width` that the
-    weights are for. Tables may be given as an `Fp8Table`, whose numbers are read in their place.
+    no gradient; such places may lie anywhere among a token's. Backwards ADD gradients of tables to the buffers they are
+    given (None: not wanted). `column_start` is where the columns of `values` lie within the C slices of `core_width`
+    that the weights are for. Tables may be given as an `Fp8Table`, whose numbers are read in their place.
     """
 
     def quantize_(self, copy: Fp8Table, table: torch.Tensor, amax_N: torch.Tensor) -> None:

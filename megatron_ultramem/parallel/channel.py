@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from megatron_ultramem.errors import ExchangeError
+from megatron_ultramem.errors import ExchangeError, TrainingError
 from megatron_ultramem.parallel.traffic import Traffic, align
 
 GRACE_SECONDS = 3.0  # that ranks which also failed get to say so
@@ -113,8 +113,18 @@ class Channel:
         )
 
 
+def check_room(lookups: int, room: int) -> None:
+    """Raises TrainingError for more lookups of a rank's tokens than an exchange has room for: the rest would be lost."""
+    if lookups > room:
+        raise TrainingError(
+            f"{lookups} lookups of a rank in an exchange of memory values with room for {room}; legal: at most {room}, "
+            "or parallel.exchange_capacity = null, for sizes that follow the tokens"
+        )
+
+
 def pad(x_TX: torch.Tensor, tokens: int, value: int = 0) -> torch.Tensor:
-    """More tokens of `value` at the end: where all ranks must send as many."""
+    """More tokens of `value` at the end: where all ranks must send as many. Raises TrainingError if there are more."""
+    check_room(len(x_TX), tokens)
     missing = tokens - len(x_TX)
     return F.pad(x_TX, (0, 0) * (x_TX.dim() - 1) + (0, missing), value=value) if missing else x_TX
 

@@ -24,7 +24,7 @@ import torch
 from megatron_ultramem.memory.fp8_table import Table
 from megatron_ultramem.memory.lookup import LookupPath, Saved
 from megatron_ultramem.memory.numerics import accumulation_dtype
-from megatron_ultramem.parallel.channel import Channel
+from megatron_ultramem.parallel.channel import Channel, check_room
 from megatron_ultramem.parallel.routing import Demand, Route, RowOwners, Sizes, spread
 from megatron_ultramem.parallel.traffic import Capacity
 
@@ -86,6 +86,7 @@ class RowsExchange:
         else:
             route, left_TM = demand.static(*self.capacity.slots(shape.top_m, self.channel.ranks))
             if self.capacity.holds_all(self.channel.ranks):
+                check_room(T, self.capacity.lookups)
                 left_TM = None
         payload = local_TM, scores_TMC.to(values.dtype), pre_input_TD.to(values.dtype)
         pooled_TV, tensors, plan = self._forward_round(route, shape, payload, values, pre_values)

@@ -73,6 +73,11 @@ class Capacity:
     tokens: int
     blocks: int = 1
 
+    @property
+    def lookups(self) -> int:
+        """Of a rank, at most."""
+        return self.blocks * self.tokens
+
     def holds_all(self, ranks: int) -> bool:
         """Whether nothing can be left over, even if one rank owns every row that is wanted."""
         return self.factor >= ranks
@@ -84,7 +89,7 @@ class Capacity:
     def slots(self, top_m: int, ranks: int) -> tuple[int, int]:
         """(queries, entries) for every pair of ranks."""
         entries = min(self.tokens * top_m, math.ceil(self.factor * self.tokens * top_m / ranks))
-        return min(self.blocks * self.tokens, entries), entries
+        return min(self.lookups, entries), entries
 
 
 def align(count: int) -> int:

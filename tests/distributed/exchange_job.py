@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_ultramem.config.schema import MemoryConfig, ModelConfig
+from megatron_ultramem.errors import TrainingError
 from megatron_ultramem.memory.geometry import Pool, plan_pools
-from megatron_ultramem.memory.kinds import num_cores, pre_value_dim
+from megatron_ultramem.memory.kinds import blocks, num_cores, pre_value_dim
 from megatron_ultramem.memory.lookup import run_lookup
 from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.parallel.traffic import Capacity
@@ -26,11 +27,12 @@ class Case:
 
     placement: str
     tokens: tuple[int, ...]
-    hits: str = "random"  # or 'one_row', 'first_half', 'gaps': some places are of no row
+    hits: str = "random"  # or 'one_row', 'first_half', 'gaps' and 'holes': some places are of no row
     capacity: float | None = None
     dtype: torch.dtype = torch.float64
     memory: dict[str, Any] = field(default_factory=dict)
     layers: int = 1
+    room: int | None = None  # for tokens of a rank, with a capacity; default: for the largest number of them
 
     @property
     def config(self) -> MemoryConfig:
@@ -58,6 +60,8 @@ class Case:
         if self.hits == "gaps":  # the last places of a token, and for some tokens all
             rows_of_token = torch.randint(0, c.top_m + 1, (T, 1), generator=g)
             indices = indices.masked_fill(torch.arange(c.top_m) >= rows_of_token, -1)
+        if self.hits == "holes":  # places anywhere among a token's
+            indices = indices.masked_fill(torch.rand(T, c.top_m, generator=g) < 0.4, -1)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -73,6 +77,16 @@ def exchange_job(case: Case) -> dict[str, Any]:
     return exchange(case, torch.device("cpu"))
 
 
+def refused_exchange(case: Case) -> str:
+    """What this rank says of a case that cannot be exchanged."""
+    dist.init_process_group("gloo")
+    try:
+        exchange(case, torch.device("cpu"))
+    except TrainingError as error:
+        return str(error)
+    return "exchanged"
+
+
 def exchange_jobs_on_gpus(cases: list[Case]) -> list[dict[str, Any]]:
     """The same through NCCL for many cases, one after the other, because its start takes seconds."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -83,7 +97,10 @@ def exchange_jobs_on_gpus(cases: list[Case]) -> list[dict[str, Any]]:
 
 def exchange(case: Case, device: torch.device) -> dict[str, Any]:
     """One case on this rank; everything that it returns is on the CPU."""
-    placement = place(case.placement, Capacity(case.capacity, max(case.tokens)) if case.capacity else None)
+    capacity = None
+    if case.capacity is not None:
+        capacity = Capacity(case.capacity, case.room or max(case.tokens), blocks(case.config))
+    placement = place(case.placement, capacity)
     path = placement.path(case.config, case.pool, device)
     tables, shards = [], []
     for table in case.tables():

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultramem.memory.kinds import num_cores, pre_value_dim
+from megatron_ultramem.memory.kinds import blocks, num_cores, pre_value_dim
 from megatron_ultramem.memory.lookup import LocalLookup, lookup_backend, run_lookup
 from megatron_ultramem.parallel.routing import RowOwners
 from megatron_ultramem.parallel.traffic import Capacity, Widths, columns_bytes, rows_bytes, rows_to_all_bytes
-from tests.distributed.exchange_job import Case, exchange_job
+from tests.distributed.exchange_job import Case, exchange_job, refused_exchange
 from tests.distributed.workers import WorkerPool
 
 FUSED = {"kernels": "fused"}  # on a CPU: the kernels' references
@@ -33,6 +33,7 @@ CASES = {
     "rows-bf16": Case("rows", (16, 11), dtype=torch.bfloat16),
     "rows-without-pre-values": Case("rows", (6, 5), memory=PLAIN_VALUES),
     "rows-gaps": Case("rows", (6, 5), "gaps", memory=EXPANDED),
+    "rows-holes": Case("rows", (6, 5), "holes", memory=EXPANDED),
     "rows-static-gaps-overflow": Case("rows", (9, 8), "gaps", capacity=0.5, memory=EXPANDED),
     "rows-static": Case("rows", (6, 6), capacity=1.9),
     "rows-static-gaps-room-for-all": Case("rows", (9, 8), "gaps", capacity=2.0, memory=EXPANDED),
@@ -62,6 +63,7 @@ CASES = {
     "columns-3-ranks-share-2-cores": Case("columns", (4, 2, 5), memory={"value_dim": 12, "pre_value_dim": 9}),
     "columns-without-pre-values": Case("columns", (6, 5), memory=PLAIN_VALUES),
     "columns-gaps": Case("columns", (6, 5), "gaps", memory=EXPANDED),
+    "columns-holes": Case("columns", (6, 5), "holes", memory=EXPANDED),
     "columns-gaps-fused": Case("columns", (6, 5), "gaps", memory=FUSED | EXPANDED, dtype=torch.float32),
     "columns-fp32": Case("columns", (16, 16), dtype=torch.float32),
     "columns-bf16": Case("columns", (16, 11), dtype=torch.bfloat16),
@@ -77,6 +79,7 @@ CASES = {
     "two_level-gaps": Case("two_level", (6, 1, 0, 9), "gaps", memory=EXPANDED),
     "two_level-window": Case("two_level", (3, 3, 3, 3), memory=RING, layers=4),
     "two_level-to-all": Case("two_level", (6, 1, 0, 9), capacity=2.0),
+    "two_level-to-all-expanded": Case("two_level", (6, 1, 0, 9), "holes", capacity=2.0, memory=EXPANDED),
     "two_level-static-overflow": Case("two_level", (6, 5, 0, 4), "first_half", capacity=0.7),
 }
 # Payloads are rounded to bf16, like the tables; sums are not.
@@ -104,6 +107,15 @@ def whole(case: Case) -> dict[str, Any]:
 def test_exchange_equals_the_lookup_in_whole_tables(pool: WorkerPool, name: str) -> None:
     case = CASES[name]
     assert_equals_whole(case, pool.run(len(case.tokens), exchange_job, case))
+
+
+@pytest.mark.parametrize("memory", [{}, EXPANDED], ids=["rows-to-all", "static-slots"])
+def test_more_tokens_than_there_is_room_for_are_refused(pool: WorkerPool, memory: dict[str, Any]) -> None:
+    """Where nothing goes through a second round, those beyond would be lost."""
+    case = Case("rows", (26, 26), capacity=2.0, memory=memory, room=4)
+    room = 4 * blocks(case.config)
+    for said in pool.run(2, refused_exchange, case):
+        assert f"26 lookups of a rank in an exchange of memory values with room for {room};" in said
 
 
 def assert_equals_whole(case: Case, results: list[dict[str, Any]]) -> None:
