@@ -111,10 +111,12 @@ def _check_fp8(config: Config, backend: str, platform: Platform) -> None:
 
 
 def _check_speed(config: Config, backend: str, platform: Platform) -> None:
-    """Raises ConfigError for what makes training faster only where it cannot be had."""
+    """Raises ConfigError for what makes training faster only, where it cannot be had."""
     train, preset = config.train, "" if config.preset == "none" else f" (preset = {config.preset} may have set it)"
     if train.cuda_graphs != "none" and not platform.is_cuda:
         raise ConfigError(f"train.cuda_graphs = {train.cuda_graphs}{preset}: there is no GPU; legal here: none")
+    if config.parallel.overlap_exchange and not platform.is_cuda:
+        raise ConfigError("parallel.overlap_exchange = true: there is no GPU; legal here: false")
     for name, value, legal in (
         ("cuda_graphs", train.cuda_graphs, ("none", "memory")),
         ("cross_entropy", train.cross_entropy, ("megatron",)),

@@ -271,8 +271,9 @@ class ParallelConfig:
     exchange_capacity: Optional[float] = setting(
         None,
         "rows and two_level: static sizes with room for this multiple of an even share, and a second round for what "
-        "does not fit; from memory_parallel_size on: room for all and no second round (for CUDA graphs); null: sizes "
-        "follow the tokens.",
+        "does not fit; from the number of ranks that share the rows on (memory_parallel_size; two_level: the number of "
+        "nodes, memory_parallel_size / memory_columns): room for all and no second round (for CUDA graphs); null: "
+        "sizes follow the tokens.",
         above=0,
     )
     overlap_exchange: bool = setting(

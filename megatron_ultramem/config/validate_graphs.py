@@ -10,7 +10,8 @@ from megatron_ultramem.parallel.cost_model import choose, rows_hold_all
 
 KINDS_BY_LAYER = ("ultramem_v2",)  # whose graphs of memory layers alone were run
 Rule = tuple[str, object, tuple[object, ...]]  # setting, its value, legal ones
-PLACEMENTS = ("replicated", "columns", "rows")  # whose exchanges have static sizes, or can
+# What parallel.exchange_capacity must reach where sizes would follow the tokens: the ranks that share the rows.
+RANKS_OF_ROWS = {"rows": "parallel.memory_parallel_size", "two_level": "parallel.memory_parallel_size / memory_columns"}
 
 
 def validate_cuda_graphs(config: Config) -> None:
@@ -35,22 +36,28 @@ def validate_cuda_graphs(config: Config) -> None:
             ("model.memory.kind", m.memory.kind, KINDS_BY_LAYER),
         ]
     if has_memory:
-        rules += [
-            ("model.memory.recompute", m.memory.recompute, (False,)),
-            ("parallel.memory_placement", choose(config).placement, PLACEMENTS),
-        ]
+        rules.append(("model.memory.recompute", m.memory.recompute, (False,)))
     _check(config, rules, "none")
     # Its singular values are cuSOLVER's, which waits for the device, beyond 2 x 2.
     if has_memory and tucker_penalty(m.memory) > 0 and m.memory.tucker_rank > 2:
         name, legal = "model.memory.tucker_penalty_coeff", "0, or model.memory.tucker_rank = 2"
         raise _refusal(config, name, tucker_penalty(m.memory), legal, "none")
-    if has_memory and choose(config).placement == "rows" and not rows_hold_all(config, p.memory_parallel_size):
-        needed = (
-            f"at least parallel.memory_parallel_size = {p.memory_parallel_size} with parallel.memory_placement = rows"
-        )
-        raise _refusal(config, "parallel.exchange_capacity", p.exchange_capacity, needed, "none")
+    if has_memory:
+        _check_exchange(config)
     if train.cuda_graphs == "full":
         _check(config, _rules_of_whole_models(config), "memory or none" if has_memory else "none")
+
+
+def _check_exchange(config: Config) -> None:
+    """Sizes must not follow the tokens: by rows, there must be room for all of them."""
+    choice = choose(config)
+    sharing = choice.ranks // choice.columns
+    if choice.placement in RANKS_OF_ROWS and not rows_hold_all(config, sharing):
+        needed = (
+            f"at least {RANKS_OF_ROWS[choice.placement]} = {sharing} with parallel.memory_placement = "
+            f"{choice.placement}"
+        )
+        raise _refusal(config, "parallel.exchange_capacity", config.parallel.exchange_capacity, needed, "none")
 
 
 def _rules_of_layers(config: Config) -> list[Rule]:

@@ -48,8 +48,9 @@ class FeedForwardWithMemory(MegatronModule):
         sends: where this block's memory output goes, if not into this block.
         receives: whose memory output this block adds.
         overlap: on a GPU the memory layer runs on a stream of its own, so that its exchange hides behind the FFN (and
-            the blocks up to the one that adds its output). The FFN begins when the rows are retrieved: before, both
-            need the same units of the GPU, and it would be over when the exchange begins.
+            the blocks up to the one that adds its output, or to the next one that retrieves rows). The FFN beside it
+            begins when the rows are retrieved: before, both need the same units of the GPU, and it would be over when
+            the exchange begins.
     """
 
     def __init__(
@@ -88,11 +89,11 @@ class FeedForwardWithMemory(MegatronModule):
         terms, bias = [], None
 
         def ffn() -> None:
-            """On the main stream, after what the memory layer has launched by then."""
+            """On the main stream, after what this block's own memory layer has launched by then."""
             nonlocal bias
             if self.ffn is None:
                 return
-            if main is not None:
+            if main is not None and self.memory is not None:
                 main.wait_stream(side)
             with _on(main):
                 ffn_SBH, bias = self.ffn(hidden_states)
@@ -119,11 +120,13 @@ class FeedForwardWithMemory(MegatronModule):
         return functools.reduce(torch.add, terms + added), bias
 
     def _streams(self, x: Tensor) -> tuple[Any, Any]:
-        """The current stream and the memory layer's, which goes on from there; None for both without overlap."""
+        """The current stream and that of memory layers, where this block's goes on from there; None for both without
+        overlap."""
         if not self.overlap or not x.is_cuda:
             return None, None
         main, side = torch.cuda.current_stream(), memory_stream(x.device)
-        side.wait_stream(main)
+        if self.memory is not None:
+            side.wait_stream(main)
         return main, side
 
     @property

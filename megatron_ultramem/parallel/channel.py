@@ -114,7 +114,7 @@ class Channel:
 
 
 def check_room(lookups: int, room: int) -> None:
-    """Raises TrainingError for more lookups of a rank's tokens than an exchange has room for: the rest would be lost."""
+    """Raises TrainingError for more lookups of a rank than an exchange has room for: the others would be lost."""
     if lookups > room:
         raise TrainingError(
             f"{lookups} lookups of a rank in an exchange of memory values with room for {room}; legal: at most {room}, "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the config package checks its settings with this module: im
 
 SECTOR_BYTES = 64  # narrower column shards waste what an H100 reads
 # Messages of a forward and a backward; for rows the exchange of sizes (or of what is left over) and the host's wait
-# for it count as two.
+# for it count as two, and for columns within rows, to agree on the largest number of queries, as one more.
 ROWS_MESSAGES, COLUMNS_MESSAGES, COLUMNS_MESSAGES_WITHOUT_DOTS = 6, 8, 5
 ROWS_MESSAGES_WITHOUT_WAIT = 4  # with room for all rows
 # Of the GPU for a row that a token wants, by rows: sorting by owner, packing, and the same back. A micro-batch of
@@ -136,10 +136,11 @@ def estimates(config: Config) -> list[Estimate]:
         # A rank gets as many queries as it makes.
         within = columns_bytes(replace(w, blocks=1), share, 0, round(queries))
         by_rows = rows_messages(config, nodes)
-        total = time(sum(across), 0.0, by_rows) + time(sum(within), 1.0, by_columns + 1)
+        in_columns = by_columns + (not rows_hold_all(config, nodes))
+        total = time(sum(across), 0.0, by_rows) + time(sum(within), 1.0, in_columns)
         problem = _rows_problem(config, nodes) or _columns_problem(config, share)
         received = across[0] + within[0], across[1] + within[1]
-        messages = by_rows + by_columns + 1
+        messages = by_rows + in_columns
         made = queries / tokens
         found.append(Estimate("two_level", ranks, share, *received, total, problem, messages, made, static, routing))
     return found

@@ -22,10 +22,14 @@ class MemoryGroups(NamedTuple):
     across: dist.ProcessGroup | None = None
 
 
-def memory_groups(groups: ProcessGroupCollection, columns: int | None, timeout_minutes: float) -> MemoryGroups:
+def memory_groups(
+    groups: ProcessGroupCollection, columns: int | None, timeout_minutes: float, *, beside_ffn: bool = False
+) -> MemoryGroups:
     """The groups of this rank; creates those of the two-level placement, in a collective call of the whole group.
 
-    columns: ranks that split the columns in that placement; None: another placement, without such groups.
+    Args:
+        columns: ranks that split the columns in that placement; None: another placement, without such groups.
+        beside_ffn: the exchange overlaps with the FFN; NCCL's communicators then get streams of high priority.
     """
     whole = groups.tp_ep
     if columns is None:
@@ -36,8 +40,12 @@ def memory_groups(groups: ProcessGroupCollection, columns: int | None, timeout_m
     within = ranks[first : first + columns]
     across = ranks[place % columns :: columns]
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    options = None
+    if beside_ffn and dist.get_backend(whole) == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout
 
     def create(ranks: list[int]) -> dist.ProcessGroup:
-        return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        return dist.new_group(ranks, timeout=timeout, pg_options=options, use_local_synchronization=True)
 
     return MemoryGroups(whole, create(within), create(across))

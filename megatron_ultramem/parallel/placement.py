@@ -41,7 +41,8 @@ class ShardedPlacement:
     Args:
         capacity: static sizes for the exchange by rows; None: sizes follow the tokens.
         equal_tokens: every rank always brings the same number of tokens (as the trainer's batches do); otherwise the
-            exchange by columns finds out the largest number in every call.
+            exchange by columns finds out the largest number in every call. Within an exchange by rows it gets that
+            one's queries, as many on all ranks if `capacity` has room for everything.
 
     Attributes:
         traffic: counts what this placement's exchanges move.
@@ -77,7 +78,7 @@ class ShardedPlacement:
                 activation(config),
                 value_dim=config.value_dim,
                 num_cores=num_cores(config),
-                equal_tokens=self.equal_tokens and self.across is None,
+                equal_tokens=self.equal_tokens if self.across is None else self._holds_all(self.across),
                 padded=self.across is not None or blocks(config) > 1,
             )
         if self.across is None:
@@ -91,6 +92,9 @@ class ShardedPlacement:
     def of_whole_rows(self, amax_N: torch.Tensor) -> None:
         if self.within is not None:
             dist.all_reduce(amax_N, dist.ReduceOp.MAX, group=self.within)
+
+    def _holds_all(self, across: dist.ProcessGroup) -> bool:
+        return self.capacity is not None and self.capacity.holds_all(across.size())
 
     def _block_rows(self, pool: Pool) -> int:
         """Rows dealt to a rank at a time: where layers see only a window of the pool, small enough to spread it evenly
@@ -115,7 +119,8 @@ def memory_placement(config: Config, groups: ProcessGroupCollection, *, equal_to
     if p.exchange_capacity is not None:
         capacity = Capacity(p.exchange_capacity, tokens_per_rank(config), blocks(config.model.memory))
     two_level = choice.placement == "two_level"
-    whole, within, across = memory_groups(groups, choice.columns if two_level else None, p.timeout_minutes)
+    columns = choice.columns if two_level else None
+    whole, within, across = memory_groups(groups, columns, p.timeout_minutes, beside_ffn=p.overlap_exchange)
     if not two_level:
         across, within = (whole, None) if choice.placement == "rows" else (None, whole)
     return ShardedPlacement(across, within, capacity=capacity, equal_tokens=equal_tokens)

@@ -67,7 +67,7 @@ def initialize_model_parallel(config: Config) -> None:
         context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=expert_group_size(config),
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, round(p.timeout_minutes)),
+        distributed_timeout_minutes=p.timeout_minutes,  # Megatron makes a timedelta of it, fractions included
         # The exchange of memory layers beside the FFN is what they wait for.
         high_priority_stream_groups=["tp_ep_mp"] if beside_ffn else None,
     )

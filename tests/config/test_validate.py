@@ -128,3 +128,9 @@ def test_options_for_ranks_are_not_ignored(
     monkeypatch.delenv("RANK", raising=False)
     assert main(["train", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_exchange_beside_the_ffn_is_refused_without_a_gpu() -> None:
+    config = load_config(None, ["parallel.memory_parallel_size=2", "parallel.overlap_exchange=true"])
+    with pytest.raises(ConfigError, match="parallel.overlap_exchange = true: there is no GPU; legal here: false"):
+        resolve_backend(config, Platform(torch.device("cpu"), "gloo"))

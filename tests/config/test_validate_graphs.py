@@ -10,6 +10,7 @@ from megatron_ultramem.errors import ConfigError
 GRAPHS, FULL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
 LAYERS, PLAIN = "train.cuda_graphs=layers", ["model.memory.layers=none"]
 P2 = "parallel.memory_parallel_size=2"
+TWO_LEVEL = ["parallel.memory_parallel_size=8", "parallel.memory_columns=2", "parallel.memory_placement=two_level"]
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ P2 = "parallel.memory_parallel_size=2"
         [],
         [P2, "parallel.memory_placement=columns"],
         [P2, "parallel.memory_placement=rows", "parallel.exchange_capacity=2"],
+        [*TWO_LEVEL, "parallel.exchange_capacity=4"],
         ["train.recompute=selective"],
     ],
     ids=str,
@@ -45,6 +47,11 @@ def test_static_placements_can_be_recorded(layout: list[str]) -> None:
             "parallel.memory_placement=rows",
             [P2, "parallel.exchange_capacity=1.5"],
             "parallel.exchange_capacity = 1.5; legal: at least parallel.memory_parallel_size = 2",
+        ),
+        (
+            "parallel.exchange_capacity=3",
+            TWO_LEVEL,
+            "parallel.exchange_capacity = 3.0; legal: at least parallel.memory_parallel_size / memory_columns = 4",
         ),
     ],
 )

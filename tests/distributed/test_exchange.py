@@ -34,7 +34,7 @@ CASES = {
     "rows-without-pre-values": Case("rows", (6, 5), memory=PLAIN_VALUES),
     "rows-gaps": Case("rows", (6, 5), "gaps", memory=EXPANDED),
     "rows-holes": Case("rows", (6, 5), "holes", memory=EXPANDED),
-    "rows-static-gaps-overflow": Case("rows", (9, 8), "gaps", capacity=0.5, memory=EXPANDED),
+    "rows-static-gaps-overflow": Case("rows", (9, 8), "gaps", capacity=0.25, memory=EXPANDED),
     "rows-static": Case("rows", (6, 6), capacity=1.9),
     "rows-static-gaps-room-for-all": Case("rows", (9, 8), "gaps", capacity=2.0, memory=EXPANDED),
     "rows-to-all": Case("rows", (6, 6), capacity=2.0),
@@ -79,6 +79,7 @@ CASES = {
     "two_level-gaps": Case("two_level", (6, 1, 0, 9), "gaps", memory=EXPANDED),
     "two_level-window": Case("two_level", (3, 3, 3, 3), memory=RING, layers=4),
     "two_level-to-all": Case("two_level", (6, 1, 0, 9), capacity=2.0),
+    "two_level-to-all-without-pre-values": Case("two_level", (6, 1, 0, 9), memory=PLAIN_VALUES, capacity=2.0),
     "two_level-to-all-expanded": Case("two_level", (6, 1, 0, 9), "holes", capacity=2.0, memory=EXPANDED),
     "two_level-static-overflow": Case("two_level", (6, 5, 0, 4), "first_half", capacity=0.7),
 }
@@ -159,11 +160,7 @@ def test_bytes_of_rows_equal_the_formula(pool: WorkerPool, name: str) -> None:
     shard = results[0]["shards"][0]
     demand = [demands(case, rank, RowOwners(ranks, shard.block_rows)) for rank in range(ranks)]
     for rank, result in enumerate(results):
-        others = [other for other in range(ranks) if other != rank]
-        incoming = [demand[other][rank] for other in others]
-        outgoing = [demand[rank][other] for other in others]
-        counts = [[pair[i] for pair in pairs] for pairs in (incoming, outgoing) for i in (0, 1)]
-        assert result["bytes"] == rows_bytes(widths(case), *counts)
+        assert result["bytes"] == rows_bytes(widths(case), *counts(demand, rank, ranks))
 
 
 def test_bytes_of_static_rows_equal_the_formula_for_the_capacity(pool: WorkerPool) -> None:
@@ -183,17 +180,75 @@ def test_bytes_of_rows_to_all_equal_the_formula(pool: WorkerPool, name: str) -> 
         assert result["messages"] == (2, 2)  # and nothing to agree on
 
 
+STATIC_OVERFLOW = [name for name in CASES if name.startswith("rows-static") and "overflow" in name]
+
+
+@pytest.mark.parametrize("name", [*STATIC_OVERFLOW, "rows-static-one-row"])
+def test_bytes_of_the_second_round_equal_the_formula(pool: WorkerPool, name: str) -> None:
+    """A round of static sizes, and one like those of dynamic sizes for what it left."""
+    case, ranks = CASES[name], len(CASES[name].tokens)
+    assert case.capacity is not None
+    slots = Capacity(case.capacity, max(case.tokens), blocks(case.config)).slots(case.config.top_m, ranks)
+    results = pool.run(ranks, exchange_job, case)
+    owners = RowOwners(ranks, results[0]["shards"][0].block_rows)
+    left = [demands(case, rank, owners, slots) for rank in range(ranks)]
+    assert any(pair != (0, 0) for pairs in left for pair in pairs)
+    queries, entries = ([number] * (ranks - 1) for number in slots)
+    first = rows_bytes(widths(case), queries, entries, queries, entries, dynamic=False)
+    for rank, result in enumerate(results):
+        second = rows_bytes(widths(case), *counts(left, rank, ranks))
+        assert result["bytes"] == (first[0] + second[0], first[1] + second[1])
+
+
+@pytest.mark.parametrize("name", ["two_level-to-all", "two_level-to-all-without-pre-values"])
+def test_bytes_of_two_levels_with_room_for_everything_equal_the_formulas(pool: WorkerPool, name: str) -> None:
+    """Rows to the other node, and columns within for the queries of both; nothing to agree on."""
+    case, w = CASES[name], widths(CASES[name])
+    across = rows_to_all_bytes(w, 2, max(case.tokens))
+    for rank, result in enumerate(pool.run(4, exchange_job, case)):
+        within = columns_bytes(w, 2, rank % 2, 2 * max(case.tokens))
+        assert result["bytes"] == (across[0] + within[0], across[1] + within[1])
+        assert result["messages"] == ((6, 6) if w.pre_value_dim else (5, 4))
+
+
+@pytest.mark.parametrize("name", ["two_level", "two_level-gaps", "two_level-window"])
+def test_bytes_of_two_levels_equal_the_formulas(pool: WorkerPool, name: str) -> None:
+    """Ranks 0 and 2 share rows, as 1 and 3 do; columns are for the most queries that came to a rank of the node."""
+    case, w = CASES[name], widths(CASES[name])
+    results = pool.run(4, exchange_job, case)
+    owners = RowOwners(2, results[0]["shards"][0].block_rows)
+    demand = [demands(case, rank, owners) for rank in range(4)]
+    came = [sum(demand[other][rank // 2][0] for other in range(rank % 2, 4, 2)) for rank in range(4)]
+    for rank, result in enumerate(results):
+        across = rows_bytes(w, *counts(demand[rank % 2 :: 2], rank // 2, 2))
+        node = rank // 2 * 2
+        within = columns_bytes(w, 2, rank % 2, max(came[node : node + 2]))
+        assert result["bytes"] == (across[0] + within[0], across[1] + within[1])
+
+
 def widths(case: Case) -> Widths:
     c = case.config
     return Widths(c.top_m * c.num_heads, num_cores(c), c.value_dim, pre_value_dim(c), case.dtype.itemsize)
 
 
-def demands(case: Case, rank: int, owners: RowOwners) -> list[tuple[int, int]]:
-    """(queries, entries) that a rank sends to every rank, counted one by one."""
-    counted = [(0, 0)] * owners.ranks
+def demands(case: Case, rank: int, owners: RowOwners, slots: tuple[int, int] = (0, 0)) -> list[tuple[int, int]]:
+    """(queries, entries) that a rank sends to every rank, counted one by one, of those that find no slot: tokens take
+    theirs in turn, each for all of its entries, up to the first without."""
+    asked, counted = [(0, 0)] * owners.ranks, [(0, 0)] * owners.ranks
     for row_of_token in case.inputs(rank)[0].tolist():
         wanted = [index // owners.block_rows % owners.ranks for index in row_of_token if index >= 0]
         for owner in set(wanted):
-            queries, entries = counted[owner]
-            counted[owner] = queries + 1, entries + wanted.count(owner)
+            queries, entries = asked[owner]
+            asked[owner] = queries + 1, entries + wanted.count(owner)
+            if asked[owner][0] > slots[0] or asked[owner][1] > slots[1]:
+                queries, entries = counted[owner]
+                counted[owner] = queries + 1, entries + wanted.count(owner)
     return counted
+
+
+def counts(demand: list[list[tuple[int, int]]], rank: int, ranks: int) -> list[list[int]]:
+    """What `rows_bytes` asks for, of what each rank sends to each."""
+    others = [other for other in range(ranks) if other != rank]
+    incoming = [demand[other][rank] for other in others]
+    outgoing = [demand[rank][other] for other in others]
+    return [[pair[i] for pair in pairs] for pairs in (incoming, outgoing) for i in (0, 1)]
