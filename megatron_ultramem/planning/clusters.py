@@ -119,14 +119,18 @@ def _checked(base: Cluster | None, settings: dict[str, Any]) -> Cluster:
             raise ConfigError(f"cluster.{key} = {value!r}: legal: {'an integer' if whole else 'a number'}")
         if value < 0 or (value == 0 and not zero_is_fine):
             raise ConfigError(f"cluster.{key} = {value}: legal: {'0 or more' if zero_is_fine else 'above 0'}")
-    if base is not None:
-        return dataclasses.replace(base, **settings)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in settings]
-    if missing:
+    if base is None and missing:
         raise ConfigError(
             f"cluster {settings.get('name')}: missing {', '.join(missing)}; or name a `preset` to start from"
         )
-    return Cluster(**settings)
+    cluster = Cluster(**settings) if base is None else dataclasses.replace(base, **settings)
+    if cluster.memory_gib <= cluster.reserved_gib:
+        raise ConfigError(
+            f"cluster.memory_gib = {cluster.memory_gib:g}: legal: above cluster.reserved_gib = "
+            f"{cluster.reserved_gib:g}, which programs cannot use"
+        )
+    return cluster
 
 
 _MAY_BE_ZERO = ("fp8_times", "latency_us", "launch_us", "reserved_gib", "fragmentation")

@@ -11,6 +11,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate_memory import expert_group_size
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.planning.access import DECODING_BATCHES, Comparison, decoding_access, training_access
+from megatron_ultramem.planning.cluster_sizes import LARGEST_CLUSTER, largest_cluster, smallest_cluster
 from megatron_ultramem.planning.clusters import Cluster
 from megatron_ultramem.planning.communication import Links, Transfer, step_traffic
 from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster, with_recompute
@@ -18,14 +19,11 @@ from megatron_ultramem.planning.flops import FlopsPerToken, flops_per_token
 from megatron_ultramem.planning.memory import RankMemory, host_memory
 from megatron_ultramem.planning.parameters import ParameterCounts, count_parameters
 from megatron_ultramem.planning.search import (
-    LARGEST_CLUSTER,
     Found,
     as_overrides,
     binding_constraint,
-    largest_cluster,
     needs,
     search,
-    smallest_cluster,
 )
 
 
@@ -121,7 +119,10 @@ def make_plan(
         problem = f"a rank of stage {own.stage} {needs(own.memory, cluster)}"
     found = search(evaluator, config, gpus) if look_for_layouts else None
     if found is not None and not found.fitting:
-        raise ConfigError(_cannot_be_laid_out(evaluator, config, found))
+        if own is None or not own.fits:
+            said = _cannot_be_laid_out(evaluator, config, found)
+            raise ConfigError(f"the config's own layout: {problem}; {said}")
+        found.fitting.append(own)  # which may split what the search does not, by three or five
     shown = own if own is not None else found.fitting[0] if found is not None else None
     if shown is None:
         raise ConfigError(f"the layout of the config is not legal on {gpus} GPUs: {problem}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_ultramem.config.schema import Config
@@ -21,7 +21,6 @@ from megatron_ultramem.planning.memory import GIB, RankMemory
 
 MAX_CHUNKS = 4
 LEAST_TOKENS_OF_CONTEXT = 2048  # of a context-parallel rank
-LARGEST_CLUSTER = 16384
 
 
 @dataclass
@@ -59,22 +58,9 @@ def search(evaluator: Evaluator, config: Config, gpus: int) -> Found:
     return Found(gpus, sorted(best.values(), key=_rank), refusals)
 
 
-def smallest_cluster(evaluator: Evaluator, config: Config) -> Evaluation | None:
-    """The fastest layout on the fewest GPUs (of whole nodes, or a part of one) on which any layout fits."""
-    return _first_that_fits(evaluator, config, _cluster_sizes(evaluator.cluster.gpus_per_node))
-
-
-def largest_cluster(evaluator: Evaluator, config: Config, below: int) -> Evaluation | None:
-    """The fastest layout on the most GPUs, under `below`, on which any fits: where the batch is too small for more."""
-    sizes = [gpus for gpus in _cluster_sizes(evaluator.cluster.gpus_per_node) if gpus < below]
-    return _first_that_fits(evaluator, config, reversed(sizes))
-
-
-def _first_that_fits(evaluator: Evaluator, config: Config, sizes: Iterable[int]) -> Evaluation | None:
-    for gpus in sizes:
-        if next(_fitting(evaluator, config, gpus, Refusals()), None) is not None:
-            return search(evaluator, config, gpus).fitting[0]
-    return None
+def any_fits(evaluator: Evaluator, config: Config, gpus: int) -> bool:
+    """Whether a layout of `config` on `gpus` ranks fits; quicker than to find them all."""
+    return next(_fitting(evaluator, config, gpus, Refusals()), None) is not None
 
 
 def binding_constraint(evaluator: Evaluator, found: Found) -> str:
@@ -163,10 +149,10 @@ def _placed(evaluator: Evaluator, config: Config, gpus: int, refusals: Refusals)
     contexts = [1, *(size for size in _powers(gpus) if size > 1 and sequence // size >= LEAST_TOKENS_OF_CONTEXT)]
     has_memory, has_moe = bool(evaluator.work.pools), any(layer.has_moe for layer in evaluator.work.layers)
     for tensor in _powers(min(gpus, cluster.gpus_per_node)):
-        for pipeline in _divisors(model.num_layers):
+        for pipeline in divisors(model.num_layers):
             if gpus % (tensor * pipeline):
                 continue
-            chunks = [1] if pipeline == 1 else [n for n in _divisors(model.num_layers // pipeline) if n <= MAX_CHUNKS]
+            chunks = [1] if pipeline == 1 else [n for n in divisors(model.num_layers // pipeline) if n <= MAX_CHUNKS]
             for context in contexts:
                 if gpus % (tensor * pipeline * context):
                     continue
@@ -254,16 +240,6 @@ def _powers(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(max(1, limit).bit_length())]
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _cluster_sizes(gpus_per_node: int) -> Iterator[int]:
-    """Parts of a node, then one, two, three, four, six, eight nodes and so on."""
-    yield from (size for size in _powers(gpus_per_node) if size < gpus_per_node)
-    nodes = 1
-    while nodes * gpus_per_node <= LARGEST_CLUSTER:
-        yield nodes * gpus_per_node
-        if nodes > 1:
-            yield nodes * 3 // 2 * gpus_per_node
-        nodes *= 2

@@ -59,6 +59,8 @@ def test_without_gpus_the_layout_of_the_config_is_shown_alone(capsys: pytest.Cap
         (["cluster.memory_gb=3"], "cluster.memory_gb: unknown setting"),
         (["parallel.tensor_parallel_size=5"], "parallel.tensor_parallel_size = 5 does not divide"),
         (["--gpus", "2", "cluster.memory_gib=8"], "no layout fits 2 x h100: memory binds"),
+        (["--gpus", "2", "cluster.memory_gib=8"], "the config's own layout: a rank of stage 0 needs"),
+        (["--gpus", "2", "cluster.memory_gib=1"], "cluster.memory_gib = 1: legal: above"),
         (["model.num_layer=2"], "did you mean model.num_layers"),
     ],
 )

@@ -16,7 +16,7 @@ from megatron_ultramem.planning.clusters import load_cluster
 from megatron_ultramem.planning.evaluate import Evaluator, on_cluster
 from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.planning.plan import make_plan
-from megatron_ultramem.planning.search import Found, as_overrides, search
+from megatron_ultramem.planning.search import Found, any_fits, as_overrides, search
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SMALL = [
@@ -104,6 +104,36 @@ def test_where_the_batch_binds_the_message_names_it() -> None:
     assert 1 < largest < 128
     settings = said.split("with ")[-1].split()
     validate_world(load_config(None, [*SMALL, "train.global_batch_size=3", *settings]), largest)
+
+
+def test_the_smallest_cluster_has_whole_nodes_of_any_number() -> None:
+    """Heads and layers that no power of two divides, and a batch that five does."""
+    sizes = ["model.hidden_size=960", "model.num_attention_heads=15", "model.num_layers=25"]
+    config = load_config(None, [*sizes, "model.memory.layers=none", "train.global_batch_size=80"])
+    machine = load_cluster("h100", ["cluster.memory_gib=4.5"])
+    with pytest.raises(ConfigError, match="the smallest cluster that would do: 40 x h100"):
+        make_plan(config, 50304, machine, 8)
+    evaluator = Evaluator(config, 50304, machine)
+    fitting = [gpus for gpus in (*range(1, 9), 16, 24, 32, 40) if any_fits(evaluator, config, gpus)]
+    assert fitting == [40]
+
+
+def test_where_nothing_fits_the_configs_own_layout_is_explained_too() -> None:
+    config = load_config(CONFIGS / "ultramem_227m_1b.yaml", ["parallel.pipeline_parallel_size=5"], check=False)
+    with pytest.raises(ConfigError) as error:
+        make_plan(config, 50304, load_cluster("h100"), 5)
+    said = str(error.value)
+    assert said.startswith("the config's own layout: model.memory.join_layers = '4,9,14,19': memory that reads layer 0")
+    assert "no layout fits 5 x h100: the global batch binds" in said
+
+
+def test_the_configs_own_layout_is_enough_where_the_search_has_no_such() -> None:
+    """Three ranks share the rows: sizes that the search does not try."""
+    settings = ["model.memory.rows_multiple=3", "parallel.memory_parallel_size=3", "parallel.memory_placement=rows"]
+    config = load_config(None, [*SMALL, *settings, "model.memory.num_keys=720", "train.global_batch_size=12"])
+    plan = make_plan(config, 50304, load_cluster("h100", ["cluster.memory_gib=15"]), 3)
+    assert plan.problem == "" and plan.found is not None
+    assert plan.found.fitting == [plan.shown]
 
 
 def test_a_layout_that_does_not_fit_is_explained_beside_those_that_do() -> None:
