@@ -9,8 +9,10 @@ other way, and without it nothing here could be tested on a laptop.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +41,10 @@ class CpuStream(torch.cpu.Stream):
 
 
 def install() -> None:
-    """Patches torch.cuda and two names of Megatron-Core; does nothing where CUDA is available or when called again."""
+    """Patches torch.cuda and two names of Megatron-Core, which finds no Transformer Engine; does nothing where CUDA is available or when called again."""
     if torch.cuda.is_available() or torch.cuda.Stream is CpuStream:
         return
+    _hide_gpu_packages()
     # Megatron decorates functions with torch.compile; torch._dynamo insists on the original torch.cuda functions, so it
     # is imported before they are replaced, and kept from compiling.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves two seconds of imports where it comes early enough
@@ -57,6 +60,15 @@ def install() -> None:
     vars(moe_utils).setdefault("te_general_gemm", None)
     # The dispatcher hands torch.distributed its split sizes as they are; on a GPU this call makes them lists.
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_on_cpu
+
+
+def _hide_gpu_packages() -> None:
+    """Megatron takes its Adam, norms and gradient norms from these wherever they are installed; they are kernels for
+    GPUs, which a machine may have and hide from this process."""
+    modules: dict[str, Any] = sys.modules
+    for name in ("transformer_engine", "apex"):
+        if name not in modules and importlib.util.find_spec(name) is not None:
+            modules[name] = None  # imports of it raise ModuleNotFoundError
 
 
 def _redirect_streams() -> None:

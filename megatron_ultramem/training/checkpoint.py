@@ -181,8 +181,11 @@ class CheckpointManager:
         separate_step_counters(self.optimizer)
         self.scheduler.num_steps = 0
         self.scheduler.step(record.step)
-        if with_rng:
-            contents.restore_rng(loaded["rng"])
+        if with_rng and not contents.restore_rng(loaded["rng"]):
+            choice.warn(
+                f"checkpoint {folder} was saved on another kind of device: its random states do not fit here, so dropout "
+                "goes on with other random numbers"
+            )
         self._warn_of_changes(folder, record, with_rng)
         self.last_saved = folder
         return Position(record.step, record.consumed_samples, record.consumed_tokens, list(record.recent_losses))

@@ -86,14 +86,15 @@ def padding_kept(optimizer: Any) -> Iterator[None]:
 
 def share_step(state: dict[Any, Any]) -> None:
     """Gives all parts of a chained optimizer's state the same AdamW step. A checkpoint keeps rank 0's alone, and a kind
-    of parameter that rank 0 has none of never stepped there."""
+    of parameter that rank 0 has none of never stepped there. In groups it is an int: torch's AdamW counts in floats,
+    which Transformer Engine's does not take."""
     inner = parts_of_state(state)
     groups = [group for part in inner for group in part["param_groups"] if "step" in group]
     counters = [part["state"] for part in inner if "state" in part]
     steps = [group["step"] for group in groups] + [state.get("common_step", 0) for state in counters]
     latest = max(steps, default=0)
     for group in groups:
-        group["step"] = latest
+        group["step"] = int(latest)
     for counter in counters:
         counter["common_step"] = latest
 

@@ -61,16 +61,20 @@ def training_state(
     return state
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Sets the generators of this rank to a state that `training_state` described."""
+def restore_rng(state: dict[str, Any]) -> bool:
+    """Sets the generators of this rank to a state that `training_state` described. False: it was saved on a GPU and
+    this is none, or the other way round; then those that draw dropout stay as they are."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
+    if state["cuda"].shape != torch.cuda.get_rng_state().shape:
+        return False
     torch.cuda.set_rng_state(state["cuda"])
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = tracker.get_states()
     wanted = {name: value for name, value in _shared(state["tracker"]).items() if name in _shared(states)}
     tracker.set_states({**states, **wanted})
+    return True
 
 
 def _shared(states: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.errors import UserError
 from megatron_ultramem.training import checkpoint_choice
 from megatron_ultramem.training.checkpoint_state import model_state, training_state
-from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.loop import evaluate, train_step
 from megatron_ultramem.training.optimizer import whole_parameters
 from megatron_ultramem.training.setup import Run, set_up
 
@@ -71,21 +71,26 @@ def state(run: Run) -> dict[str, Any]:
     }
 
 
-def shards_and_losses(overrides: list[str], steps: int, save: bool = False) -> dict[str, Any]:
+def shards_and_losses(
+    overrides: list[str], steps: int, save: bool = False, with_evaluation: bool = False
+) -> dict[str, Any]:
     """Builds a run, which resumes as `checkpoint.load` says, and trains to `steps`; saves at the end if asked to.
 
-    Returns losses and this rank's shards of model and optimizer state by checkpoint name, at the start and the end.
+    Returns losses and this rank's shards of model and optimizer state by checkpoint name, at the start and the end;
+    with_evaluation: validation losses there too.
     """
     with captured_warnings() as warnings:
         run = set_up(load_config(None, overrides))
         result: dict[str, Any] = {"start": _shards(run) if run.position.step else [], "losses": []}
         result["first_step"] = run.position.step
+        result["valid_losses"] = [evaluate(run)] if with_evaluation else []
         while run.position.step < steps:
             result["losses"].append(train_step(run)["loss"])
         if save:
             run.checkpoints.save(run.position)
         run.checkpoints.close()
-    return result | {"end": _shards(run), "warnings": warnings}
+        result["valid_losses"] += [evaluate(run)] if with_evaluation else []
+    return result | {"end": _shards(run), "device": run.platform.device.type, "warnings": warnings}
 
 
 def error_of_training(overrides: list[str], steps: int, *, largest_file: int | None = None) -> tuple[str, str, bool]:
@@ -129,7 +134,7 @@ def _shards(run: Run) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.
         tree.update(training_state(tree, run.optimizer, loading=False))
     apply_factories(tree)
     return [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().numpy().copy())
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().cpu().numpy().copy())
         for shard in nested_values(tree)
         if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_floating_point()
     ]

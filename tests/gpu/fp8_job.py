@@ -1,10 +1,11 @@
-"""The job of the FP8 tests: a few steps, with what FP8 kept of each layer's projections."""
+"""The jobs of the FP8 tests: a few steps, with what FP8 kept of each layer's projections and what experts got."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.model.build import memory_layers
@@ -52,6 +53,34 @@ def fp8_job(overrides: list[str], steps: int, saves: tuple[int, ...] = ()) -> di
         for name, param in chunk.named_parameters()
     }
     return result
+
+
+def experts_job(overrides: list[str], steps: int) -> dict[str, Any]:
+    """Trains; losses, gradient norms, the validation loss, numbers of tokens that experts got, and which of the
+    experts' linears computed in FP8, by name."""
+    run = set_up(load_config(None, overrides))
+    experts = {
+        name: module
+        for chunk in run.model
+        for name, module in chunk.named_modules()
+        if isinstance(module, SequentialMLP | TEGroupedMLP)
+    }
+    tokens: list[int] = []
+    for module in experts.values():
+        module.register_forward_pre_hook(lambda _, inputs: tokens.extend(inputs[1].tolist()))
+    metrics = [train_step(run) for _ in range(steps)]
+    return {
+        "losses": [one["loss"] for one in metrics],
+        "grad_norms": [one["grad_norm"] for one in metrics],
+        "valid_loss": evaluate(run),
+        "tokens": tokens,
+        "in_fp8": {
+            f"{name}.{part}": linear.fp8
+            for name, module in experts.items()
+            for part, linear in module.named_modules()
+            if hasattr(linear, "fp8")
+        },
+    }
 
 
 def losses_around_a_change(overrides: list[str]) -> list[float]:

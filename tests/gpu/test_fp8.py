@@ -13,7 +13,7 @@ from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.test_layouts import MODELS, TP2
 from tests.distributed.test_memory_parallel import COLUMNS, P2
 from tests.distributed.workers import WorkerPool
-from tests.gpu.fp8_job import fp8_job, losses_around_a_change
+from tests.gpu.fp8_job import experts_job, fp8_job, losses_around_a_change
 from tests.gpu.test_training import BF16, LOCAL, TE, WIDE, two_gpus
 
 pytestmark = [
@@ -25,8 +25,7 @@ pytestmark = [
 ]
 STEPS = 4
 FP8_TABLES, GATHER = "model.memory.table_read=fp8", "train.fp8.param_gather=true"
-MODEL = [
-    *MODELS["block"],
+WIDTHS = [
     *WIDE,
     BF16,
     "model.memory.key_dim=16",
@@ -34,6 +33,8 @@ MODEL = [
     "model.memory.pre_value_dim=32",
     "train.deterministic=true",
 ]
+MODEL = [*MODELS["block"], *WIDTHS]
+MOE_WITH_MEMORY = [*MODELS["moe_memory_dense"], *WIDTHS]
 RECIPES = {
     "delayed": ["train.fp8.recipe=delayed", "train.fp8.amax_history_len=4"],
     "tensorwise": ["train.fp8.recipe=tensorwise"],
@@ -63,6 +64,21 @@ def test_a_recipe_trains_like_bf16(run: Any, recipe: str) -> None:
     np.testing.assert_allclose(fp8["grad_norms"], bf16["grad_norms"], rtol=0.2)
     np.testing.assert_allclose(fp8["valid_loss"], bf16["valid_loss"], rtol=1e-2)
     assert fp8["params"].keys() == bf16["params"].keys()
+
+
+def test_experts_train_like_in_bf16_whatever_tokens_they_get(gpus: WorkerPool, small_run: list[str]) -> None:  # noqa: F811
+    """A group of GEMMs for all experts, and a linear for each: tokens of an expert are padded to what FP8 takes."""
+    settings = [*small_run, *MOE_WITH_MEMORY, TE]
+    (bf16,) = gpus.run(1, experts_job, settings, STEPS)
+    assert bf16["in_fp8"] and not any(bf16["in_fp8"].values())
+    for fp8 in (RECIPES["tensorwise"], RECIPES["blockwise"], [*RECIPES["tensorwise"], "model.moe.grouped_gemm=false"]):
+        (found,) = gpus.run(1, experts_job, [*settings, *fp8], STEPS)
+        assert found["in_fp8"] and all(found["in_fp8"].values()), fp8
+        assert any(tokens % 16 for tokens in found["tokens"])
+        assert found["losses"] != bf16["losses"]
+        np.testing.assert_allclose(found["losses"], bf16["losses"], rtol=1e-2, err_msg=" ".join(fp8))
+        np.testing.assert_allclose(found["grad_norms"], bf16["grad_norms"], rtol=0.2, err_msg=" ".join(fp8))
+        np.testing.assert_allclose(found["valid_loss"], bf16["valid_loss"], rtol=1e-2, err_msg=" ".join(fp8))
 
 
 def test_first_and_last_layers_stay_in_bf16(run: Any) -> None:
