@@ -183,8 +183,8 @@ class CheckpointManager:
         self.scheduler.step(record.step)
         if with_rng and not contents.restore_rng(loaded["rng"]):
             choice.warn(
-                f"checkpoint {folder} was saved on another kind of device: its random states do not fit here, so dropout "
-                "goes on with other random numbers"
+                f"checkpoint {folder} was saved on another kind of device: its random states do not fit here, so "
+                "dropout goes on with other random numbers"
             )
         self._warn_of_changes(folder, record, with_rng)
         self.last_saved = folder
