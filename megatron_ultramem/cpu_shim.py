@@ -41,8 +41,8 @@ class CpuStream(torch.cpu.Stream):
 
 
 def install() -> None:
-    """Patches torch.cuda and two names of Megatron-Core, which finds no Transformer Engine then; does nothing where CUDA
-    is available or when called again."""
+    """Patches torch.cuda and two names of Megatron-Core, which then finds no Transformer Engine; does nothing where
+    CUDA is available or when called again."""
     if torch.cuda.is_available() or torch.cuda.Stream is CpuStream:
         return
     _hide_gpu_packages()
