@@ -40,12 +40,12 @@ def memory_groups(
     within = ranks[first : first + columns]
     across = ranks[place % columns :: columns]
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    options = None
-    if beside_ffn and dist.get_backend(whole) == "nccl":
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options._timeout = timeout
 
     def create(ranks: list[int]) -> dist.ProcessGroup:
+        options = None
+        if beside_ffn and dist.get_backend(whole) == "nccl":
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = timeout
         return dist.new_group(ranks, timeout=timeout, pg_options=options, use_local_synchronization=True)
 
     return MemoryGroups(whole, create(within), create(across))

@@ -37,6 +37,8 @@ LAYOUTS = {
     ("block", "rows_recompute_plain_optimizer"): [P2, ROWS, PLAIN, "train.recompute=full"],
     ("ring", "rows_beside_ffn"): [P2, ROWS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS],
     ("ring", "columns_beside_ffn"): [P2, COLUMNS, BESIDE_FFN],
+    ("no_ring", "columns_tp2_beside_ffn"): [P2, COLUMNS, TP2, BESIDE_FFN],
+    ("moe", "columns_ep2_beside_ffn"): [P2, COLUMNS, EP2, BESIDE_FFN],
     ("no_ring", "columns_beside_ffn_recompute"): [P2, COLUMNS, BESIDE_FFN, "model.memory.recompute=true"],
 }
 
