@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, str]]:
-    """Hardware; losses and gradient norms of every variant; how far each ended from bf16, in words."""
+    """Hardware and number of seeds; losses and gradient norms of every variant, means over seeds; how far each ended
+    from bf16, in words."""
     try:
         content = json.loads(path.read_text())
         hardware, rows = content["hardware"], content["rows"]
@@ -38,7 +39,10 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, str]]:
         raise UserError(f"{path}: {error}; legal: a results file of tools/fp8_curves.py") from None
     curves: dict[str, dict[str, Curve]] = {}
     ends = {}
+    seeds = 1
     for row in rows:
+        if "/seed_" in row["case"]:
+            continue
         what, _, step = row["metric"].rpartition("_step_")
         if what:
             curves.setdefault(row["case"], {}).setdefault(what, {})[int(step)] = row["value"]
@@ -46,9 +50,11 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, str]]:
             ends[row["case"]] = f"{row['value']:+.2f} %"
         elif row["metric"] == "loss_against_bf16_error":
             ends[row["case"]] += f" ± {row['value']:.2f}"
+        elif row["metric"] == "seeds":
+            seeds = max(seeds, int(row["value"]))
     if "bf16" not in curves:
         raise UserError(f"{path}: holds {', '.join(curves) or 'no curves'}; legal: a file with the variant bf16")
-    return hardware, curves, ends
+    return hardware + (f", means over up to {seeds} seeds" if seeds > 1 else ""), curves, ends
 
 
 def draw(hardware: str, curves: dict[str, dict[str, Curve]], ends: dict[str, str]) -> Figure:

@@ -30,7 +30,7 @@ SHOWN = {
         "lookup_forward_ms", "lookup_backward_ms", "retrieval_forward_ms", "layer_forward_ms",
         "layer_forward_backward_ms", "layer_t1_us", "lookup_forward_fp8_ms", "lookup_forward_fp8_speedup",
     ],
-    "fp8_curves": ["loss_last_20", "loss_against_bf16"],
+    "fp8_curves": ["seeds", "loss_last_20", "loss_against_bf16", "loss_against_bf16_error"],
     "learning_curve": ["tokens", "train_loss", "valid_loss", "tokens_per_s"],
 }  # fmt: skip
 SWEPT = re.compile(r"T\d+_m\d+_")  # cases of a sweep are for plots, not for a table
@@ -39,6 +39,7 @@ ABLATED = re.compile(r"/throughput\w*-")  # presets without one of their setting
 OTHER_WAYS = {
     "training": re.compile(r"_\d+[mb]/(?!none$|throughput)"),
     "scaling": re.compile(r"/(?!columns_x|moe_x|cut_columns_x)"),
+    "fp8_curves": re.compile(r"/seed_"),  # the mean of which is shown
 }
 OURS, MOE, DENSE = "ultramemv2_227m_1b", "olmoe_227m_1b", "dense_227m"  # of tools/bench_baselines.py
 BUSY_PERCENT = 90  # of the wall time: from there on the GPU binds a case, below the host that launches its kernels
