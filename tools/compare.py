@@ -10,7 +10,8 @@ Settings apply to all recipes; with the name of a recipe before them (`olmoe_227
 that one. Data, batch and vocabulary must be the same for all.
 
 Every run is an `ultramem train`; its checkpoint is deleted when it is done. Runs that are there already, with
-the same settings, are not repeated. Writes comparison.md, comparison.png and comparison_<hardware>.json to --output.
+the same settings, are not repeated; those that fail are shown as far as they got, outside of the means. Writes
+comparison.md, comparison.png and comparison_<hardware>.json to --output.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ trained on them.
 Each run trains until its share of the time is over, with the learning rate held and then decayed over the last fifth,
 and is evaluated on the held-out text on the way. On GPUs both train with preset=throughput.
 
-Everything ends after --seconds: runs that still go on are ended, and the results are of what was logged. Writes
+Everything ends after --seconds. Runs that still go on are ended, and shown by themselves as far as they got: means are
+over those that ended in time. Writes
 learning_curve.md, learning_curve.png and learning_curve_<hardware>.json. Settings as in tools/compare.py.
 """
 

@@ -1,7 +1,8 @@
 """Compares recipes that were trained on the same data: one table and one figure.
 
 A recipe is one or several runs that differ in their seed. Curves are those of training and validation, against tokens,
-FLOPs (tokens times the training FLOPs of a token) and the time that training steps took.
+FLOPs (tokens times the training FLOPs of a token) and the time that training steps took. A run that was cut off is
+shown as far as it got, but never averaged with whole ones.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class Curve:
     seconds: list[float]
     loss: list[float]
     valid_loss: list[float]
+    whole: bool = True  # not cut off before its end
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One recipe. Losses are means over its runs, with the standard deviation where there are several."""
+    """One recipe, or a run of it that was cut off. Losses are means over its runs, with the standard deviation where
+    there are several."""
 
     name: str
     parameters: int
@@ -83,7 +86,7 @@ def summarise(name: str, runs: Sequence[Run], vocab_size: int) -> Summary:
     )
 
 
-def curve(run: Run, vocab_size: int) -> Curve:
+def curve(run: Run, vocab_size: int, *, whole: bool = True) -> Curve:
     """The curve of a run. A step whose time was not logged takes as long as those before it, and the first, which
     compiles, as long as the next ones."""
     config = run.config
@@ -102,7 +105,7 @@ def curve(run: Run, vocab_size: int) -> Curve:
         seconds.append(elapsed)
     at_steps = [tokens[step] for step in loss.steps]
     valid = [valid_loss.get(step, math.nan) for step in loss.steps]
-    return Curve(at_steps, [flops * number for number in at_steps], seconds, loss.values, valid)
+    return Curve(at_steps, [flops * number for number in at_steps], seconds, loss.values, valid, whole)
 
 
 def comparison_table(summaries: Sequence[Summary]) -> Table:
@@ -144,8 +147,9 @@ def _cells(s: Summary) -> list[str]:
 
 
 def draw_comparison(recipes: Sequence[tuple[str, Sequence[Curve]]]) -> Figure:
-    """Loss against tokens, FLOPs and seconds; every run is a line in the colour of its recipe. Below, the same of the
-    validation loss, if it was taken more than once. The steep start, which would hide the rest, is cut off."""
+    """Loss against tokens, FLOPs and seconds; every run is a line in the colour of its recipe, dashed if it was cut
+    off. Below, the same of the validation loss, if it was taken more than once. The steep start, which would hide the
+    rest, is left out."""
     evaluated = any(len(_finite(c.valid_loss)) > 1 for _, curves in recipes for c in curves)
     figure = Figure(figsize=(15, 9.2 if evaluated else 4.8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -168,11 +172,18 @@ def _draw_row(panels: Sequence[Axes], recipes: Sequence[tuple[str, Sequence[Curv
                 smooth = smoothed(Series(list(range(len(found))), [value for _, value in found])).values
                 color = COLORS[number % len(COLORS)]
                 axes.plot([place for place, _ in found], smooth, color=color, linewidth=1.6, alpha=0.85,
-                          label=name if index == 0 else None)  # fmt: skip
+                          linestyle="-" if one.whole else "--",
+                          label=_label(name, curves, index))  # fmt: skip
         _style(axes, f"{title} against {label}", limits)
         shown = (lambda value, _: f"{value:.2g}") if field == "flops" else (lambda value, _: format_count(value))
         axes.xaxis.set_major_formatter(FuncFormatter(shown))
     panels[0].set_ylabel("nats per token", fontsize=9, color=FAINT)
+
+
+def _label(name: str, curves: Sequence[Curve], index: int) -> str | None:
+    """In the legend: of the first whole run of a recipe, and of the first that was cut off."""
+    first = [one.whole for one in curves].index(curves[index].whole) == index
+    return (name if curves[index].whole else f"{name}, cut off") if first else None
 
 
 def _finite(values: Sequence[float]) -> list[float]:

@@ -33,24 +33,34 @@ _UNITS = {
 def write_comparison(trials: Sequence[Trial], output: Path, name: str = "comparison") -> list[Path]:
     """<name>.md, <name>.png and <name>_<hardware>.json in `output`, of the runs that logged enough; their paths.
 
-    Raises UserError if there is none.
+    A recipe stands for its runs that ended by themselves. One that failed or was cut off has a name and figures of its
+    own. Raises UserError if no run logged enough.
     """
-    found = {trial.recipe.name: trial.recipe for trial in trials}
-    runs = {recipe: [run for trial in trials if trial.recipe.name == recipe and (run := trial.result())]
-            for recipe in found}  # fmt: skip
-    runs = {recipe: own for recipe, own in runs.items() if own}
+    runs = [(trial, run) for trial in trials if (run := trial.result())]
     if not runs:
         raise UserError("no run logged enough to be shown; their output says why")
     vocab_size = vocabulary(trials[0].recipe.config)
-    curves = {recipe: [curve(run, vocab_size) for run in own] for recipe, own in runs.items()}
-    summaries = [summarise(recipe, own, vocab_size) for recipe, own in runs.items()]
+    summaries: list[Summary] = []
+    drawn: list[tuple[str, list[Curve]]] = []
+    rows: list[Row] = []
+    for recipe in dict.fromkeys(trial.recipe.name for trial, _ in runs):
+        own = [(trial, run) for trial, run in runs if trial.recipe.name == recipe]
+        groups = {recipe: [run for trial, run in own if trial.is_done()]}
+        groups |= {f"{recipe}, seed {trial.seed}, cut off": [run] for trial, run in own if not trial.is_done()}
+        curves: list[Curve] = []
+        for case, group in groups.items():
+            if group:
+                summaries.append(summarise(case, group, vocab_size))
+                found = [curve(run, vocab_size, whole=case == recipe) for run in group]
+                rows += [*_rows(summaries[-1]), *_valid_rows(case, found)]
+                curves += found
+        size = f"{format_count(summaries[-1].active)} active of {format_count(summaries[-1].parameters)}"
+        drawn.append((f"{recipe}: {size}", curves))
     Console().print(comparison_table(summaries))
     output.mkdir(parents=True, exist_ok=True)
     table, figure = output / f"{name}.md", output / f"{name}.png"
     table.write_text(comparison_markdown(summaries))
-    labels = [f"{s.name}: {format_count(s.active)} active of {format_count(s.parameters)}" for s in summaries]
-    draw_comparison(list(zip(labels, curves.values(), strict=True))).savefig(figure, dpi=130)
-    rows = [row for summary in summaries for row in [*_rows(summary), *_valid_rows(summary.name, curves[summary.name])]]
+    draw_comparison(drawn).savefig(figure, dpi=130)
     return [table, figure, write_results(output, name, rows, keep_other_cases=False)]
 
 

@@ -93,3 +93,12 @@ def test_the_steep_start_is_cut_off() -> None:
     assert low < min(losses) and 1.9 < high < 2.1
     figure.axes[1].xaxis.set_ticks([2e15])
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["2e+15"]
+
+
+def test_runs_that_were_cut_off_are_dashed_and_named() -> None:
+    losses = [6.0, 5.0, 4.0, 3.0]
+    curves = [curve(run(losses[:length], 3.5), VOCABULARY, whole=length == 4) for length in (4, 3, 4, 3)]
+    for axes in draw_comparison([("a", curves)]).axes:
+        assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "-", "--"]
+        assert len({line.get_color() for line in axes.lines}) == 1
+    assert axes.get_legend_handles_labels()[1] == ["a", "a, cut off"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ultramem.config.load import config_to_dict
 from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.reporting import load_run
 from megatron_ultramem.reporting.comparison_files import write_comparison
@@ -108,7 +109,35 @@ def test_runs_that_go_on_at_the_deadline_are_ended_and_what_they_logged_is_shown
     assert failed == trials and 30 <= time.monotonic() - began < 40
     table, _, _ = write_comparison(trials, tmp_path / "out")
     for name in RECIPES:
-        assert f"| {name} |" in table.read_text()
+        assert f"| {name}, seed 1, cut off |" in table.read_text()
+
+
+def log_losses(trial: Trial, losses: list[float]) -> None:
+    """What a run logs that goes on for so many steps."""
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "config.yaml").write_text(json.dumps(config_to_dict(trial.recipe.config)))
+    shared = {"step_time_s": 1.0, "tokens_per_s": 128.0, "memory_gib": 1.0}
+    records = [{"step": at, "loss": loss, "tokens": 128 * at, **shared} for at, loss in enumerate(losses, start=1)]
+    (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_runs_that_were_cut_off_are_not_averaged_with_whole_ones(recipes: list[str], tmp_path: Path) -> None:
+    dense, moe = (load_recipe(Path(recipe), []) for recipe in recipes)
+    whole, cut, alone = (Trial(*of, Budget(100), 1, tmp_path) for of in ((dense, 1), (dense, 2), (moe, 1)))
+    log_losses(whole, [9.0] * 50 + [1.0] * 50)
+    whole.finish(0)
+    for trial, status in ((cut, 1), (alone, -9)):
+        log_losses(trial, [9.0] * 10)
+        trial.finish(status)
+    table, _, results = write_comparison([whole, cut, alone], tmp_path / "out")
+    found = {(row["case"], row["metric"]): row["value"] for row in json.loads(results.read_text())["rows"]}
+    figures = {case: [found[case, name] for name in ("runs", "tokens", "train_loss")] for case, _ in found}
+    assert figures == {
+        "dense": [1, 12800, 1.0],
+        "dense, seed 2, cut off": [1, 1280, 9.0],
+        "moe, seed 1, cut off": [1, 1280, 9.0],
+    }
+    assert [line.split(" | ")[0] for line in table.read_text().splitlines()[2:]] == [f"| {case}" for case in figures]
 
 
 @pytest.mark.parametrize(
