@@ -266,7 +266,9 @@ class ParallelConfig:
         choices=("auto", "replicated", "rows", "columns", "two_level"),
     )
     memory_columns: Optional[int] = setting(
-        None, "two_level: consecutive ranks that share columns; null: ranks_per_node.", minimum=2
+        None,
+        "two_level: consecutive ranks that share columns; null: ranks_per_node (auto: the best divisor of it).",
+        minimum=2,
     )
     exchange_capacity: Optional[float] = setting(
         None,

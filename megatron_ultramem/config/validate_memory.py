@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError
 from megatron_ultramem.memory.geometry import parse_layers, plan_pools
-from megatron_ultramem.parallel.cost_model import choose, estimates, two_level_columns
+from megatron_ultramem.parallel.cost_model import choose, estimates, splits, two_level_columns
 
 
 def expert_group_size(config: Config) -> int:
@@ -40,11 +40,13 @@ def validate_memory_parallel(config: Config) -> None:
     _refuse_huge_pools(config)
     if placement == "two_level":
         share = two_level_columns(config)
-        if share >= P or P % share:
+        if not splits(P, share):
+            columns = p.memory_columns or "null"
+            legal = " or ".join(str(count) for count in range(2, P) if splits(P, count))
             raise ConfigError(
-                f"parallel.memory_placement = two_level: parallel.memory_columns = {share} ranks that share columns do "
-                f"not split the {P} ranks of parallel.memory_parallel_size into two or more nodes; legal: a divisor of "
-                f"{P} below it"
+                f"parallel.memory_placement = two_level with parallel.memory_columns = {columns}: {share} of "
+                f"parallel.memory_parallel_size = {P} ranks to share columns are not two or more groups of two or "
+                "more; legal: " + (f"parallel.memory_columns = {legal}" if legal else "another placement")
             )
     elif p.memory_columns is not None:
         raise ConfigError(
@@ -52,8 +54,8 @@ def validate_memory_parallel(config: Config) -> None:
             f"{placement}; legal: null, or memory_placement = two_level"
         )
     choice = choose(config)
-    if choice.problem and "legal" in choice.problem:
-        tried = "; ".join(f"{estimate.placement}: {estimate.problem}" for estimate in estimates(config))
+    if not choice.legal:
+        tried = "; ".join(f"{estimate.label}: {estimate.problem}" for estimate in estimates(config))
         raise ConfigError(
             f"parallel.memory_parallel_size = {P} with parallel.memory_placement = {placement}: "
             + (tried if placement == "auto" else choice.problem)

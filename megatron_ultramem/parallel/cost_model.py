@@ -4,7 +4,7 @@ work of sending rows to their owners. No torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_ultramem.memory.geometry import plan_pools
 from megatron_ultramem.memory.kinds import blocks, num_cores, pre_value_dim
@@ -46,6 +46,7 @@ class Estimate:
         static: sizes of that exchange are fixed by parallel.exchange_capacity.
         routing_us: microseconds of the GPU's work of that exchange beside its messages, forward and backward.
         problem: why it cannot or should not be used; '' if nothing is wrong.
+        legal: whether it can be.
     """
 
     placement: str
@@ -55,10 +56,18 @@ class Estimate:
     backward_bytes: int
     microseconds: float
     problem: str = ""
+    legal: bool = True
     messages: int = 0
     queries: float = 0.0
     static: bool = False
     routing_us: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """With its sizes: two_level (2 x 4) has rows in 2 parts, each on 4 ranks that share columns."""
+        if self.placement != "two_level":
+            return self.placement
+        return f"two_level ({self.ranks // self.columns} x {self.columns})"
 
     @property
     def total_us(self) -> float:
@@ -82,68 +91,107 @@ def widths(config: Config) -> Widths:
 
 
 def two_level_columns(config: Config) -> int:
-    """Ranks that share columns in the two-level placement."""
+    """Ranks that share columns where parallel.memory_placement is two_level."""
     p = config.parallel
     return p.memory_columns or min(p.ranks_per_node, p.memory_parallel_size)
 
 
 def estimates(config: Config) -> list[Estimate]:
-    """All placements for parallel.memory_parallel_size, with what is wrong with each."""
-    p = config.parallel
-    ranks, tokens, w = p.memory_parallel_size, tokens_per_rank(config), widths(config)
+    """All placements for parallel.memory_parallel_size, with what is wrong with each; two_level with the number of
+    columns that is best, unless two_level is what parallel.memory_placement names."""
+    ranks = config.parallel.memory_parallel_size
     if ranks == 1:
         return [Estimate("replicated", 1, 1, 0, 0, 0.0)]
-    in_node = min(ranks, p.ranks_per_node)
-    near = (in_node - 1) / (ranks - 1)  # share of what a rank receives that comes from its node
+    two_level = [_two_level(config, columns) for columns in _column_counts(config)]
+    return [_rows(config), _columns(config), *([min(two_level, key=_rank)] if two_level else [])]
 
-    def time(received: float, near: float, messages: int) -> float:
-        # The two kinds of links work at the same time.
-        links = max(near * received / p.intra_node_gb_per_s, (1 - near) * received / p.inter_node_gb_per_s)
-        return messages * p.exchange_latency_us + links / 1e3
 
-    columns = columns_bytes(w, ranks, 0, tokens)
-    by_columns = COLUMNS_MESSAGES if w.pre_value_dim else COLUMNS_MESSAGES_WITHOUT_DOTS
+def _column_counts(config: Config) -> list[int]:
+    """Numbers of ranks that may share columns by two_level."""
+    p = config.parallel
+    named = p.memory_placement == "two_level"
+    node = p.ranks_per_node
+    counts = [two_level_columns(config)] if named else [size for size in range(2, node + 1) if node % size == 0]
+    return [count for count in counts if splits(p.memory_parallel_size, count)]
+
+
+def splits(ranks: int, columns: int) -> bool:
+    """Whether `columns` ranks that share columns make two levels of so many."""
+    return 1 < columns < ranks and ranks % columns == 0
+
+
+def _rows(config: Config) -> Estimate:
+    p = config.parallel
+    ranks, tokens = p.memory_parallel_size, tokens_per_rank(config)
     moved, queries = _by_rows(config, ranks)
-    static = p.exchange_capacity is not None
-    routing = tokens * w.top_m * ROUTING_NS / 1e3
-    found = [
-        Estimate(
-            "rows",
-            ranks,
-            1,
-            *moved,
-            time(sum(moved), near, rows_messages(config, ranks)),
-            _rows_problem(config, ranks),
-            rows_messages(config, ranks),
-            queries / tokens,
-            static,
-            routing,
-        ),
-        Estimate(
-            "columns",
-            ranks,
-            ranks,
-            *columns,
-            time(sum(columns), near, by_columns),
-            _columns_problem(config, ranks),
-            by_columns,
-        ),
-    ]
-    share = two_level_columns(config)
-    if share < ranks and ranks % share == 0 and share > 1:
-        nodes = ranks // share
-        across, queries = _by_rows(config, nodes)
-        # A rank gets as many queries as it makes.
-        within = columns_bytes(replace(w, blocks=1), share, 0, round(queries))
-        by_rows = rows_messages(config, nodes)
-        in_columns = by_columns + (not rows_hold_all(config, nodes))
-        total = time(sum(across), 0.0, by_rows) + time(sum(within), 1.0, in_columns)
-        problem = _rows_problem(config, nodes) or _columns_problem(config, share)
-        received = across[0] + within[0], across[1] + within[1]
-        messages = by_rows + in_columns
-        made = queries / tokens
-        found.append(Estimate("two_level", ranks, share, *received, total, problem, messages, made, static, routing))
-    return found
+    messages = rows_messages(config, ranks)
+    return Estimate(
+        "rows",
+        ranks,
+        1,
+        *moved,
+        _microseconds(config, sum(moved), _near(ranks, p.ranks_per_node), messages),
+        *_rows_verdict(config, ranks),
+        messages,
+        queries / tokens,
+        p.exchange_capacity is not None,
+        _routing_us(config),
+    )
+
+
+def _columns(config: Config) -> Estimate:
+    p = config.parallel
+    ranks = p.memory_parallel_size
+    moved, messages = columns_bytes(widths(config), ranks, 0, tokens_per_rank(config)), _columns_messages(config)
+    time = _microseconds(config, sum(moved), _near(ranks, p.ranks_per_node), messages)
+    return Estimate("columns", ranks, ranks, *moved, time, *_columns_verdict(config, ranks), messages)
+
+
+def _two_level(config: Config, columns: int) -> Estimate:
+    """Rows among P / columns ranks, whose rows are shared by columns."""
+    p, tokens = config.parallel, tokens_per_rank(config)
+    owners = p.memory_parallel_size // columns
+    across, queries = _by_rows(config, owners)
+    # A rank gets as many queries as it makes.
+    within = columns_bytes(replace(widths(config), blocks=1), columns, 0, round(queries))
+    by_rows, by_columns = rows_messages(config, owners), _columns_messages(config) + (not rows_hold_all(config, owners))
+    rows_verdict = _rows_verdict(config, owners)
+    return Estimate(
+        "two_level",
+        p.memory_parallel_size,
+        columns,
+        across[0] + within[0],
+        across[1] + within[1],
+        _microseconds(config, sum(across), _near(owners, p.ranks_per_node // columns), by_rows)
+        + _microseconds(config, sum(within), _near(columns, p.ranks_per_node), by_columns),
+        *(_columns_verdict(config, columns) if rows_verdict.legal else rows_verdict),
+        by_rows + by_columns,
+        queries / tokens,
+        p.exchange_capacity is not None,
+        _routing_us(config),
+    )
+
+
+def _microseconds(config: Config, received: float, near: float, messages: int) -> float:
+    """Of so many messages with so many bytes, a share `near` of them from the same node."""
+    p = config.parallel
+    # The two kinds of links work at the same time.
+    links = max(near * received / p.intra_node_gb_per_s, (1 - near) * received / p.inter_node_gb_per_s)
+    return messages * p.exchange_latency_us + links / 1e3
+
+
+def _near(ranks: int, in_node: int) -> float:
+    """The share of what a rank receives from the others of a group that comes from its node, where `in_node` of the
+    group are."""
+    return (min(max(in_node, 1), ranks) - 1) / (ranks - 1)
+
+
+def _columns_messages(config: Config) -> int:
+    return COLUMNS_MESSAGES if pre_value_dim(config.model.memory) else COLUMNS_MESSAGES_WITHOUT_DOTS
+
+
+def _routing_us(config: Config) -> float:
+    return tokens_per_rank(config) * widths(config).top_m * ROUTING_NS / 1e3
 
 
 def rows_messages(config: Config, ranks: int) -> int:
@@ -172,36 +220,48 @@ def _by_rows(config: Config, ranks: int) -> tuple[tuple[int, int], float]:
 
 
 def choose(config: Config) -> Estimate:
-    """The placement that a run uses: what parallel.memory_placement names, or the fastest without a problem."""
+    """The placement that a run uses: what parallel.memory_placement names, or the best."""
     found, wanted = estimates(config), config.parallel.memory_placement
-    if wanted == "auto":
-        good = [estimate for estimate in found if not estimate.problem] or found
-        return min(good, key=lambda estimate: estimate.total_us)
-    return next(estimate for estimate in found if estimate.placement == wanted)
+    if wanted != "auto":
+        return next(estimate for estimate in found if estimate.placement == wanted)
+    return min(found, key=_rank)
+
+
+def _rank(estimate: Estimate) -> tuple[bool, bool, float]:
+    """Legal ones first, then those without a problem, then the faster."""
+    return not estimate.legal, bool(estimate.problem), estimate.total_us
 
 
 def shard_width(config: Config, columns: int) -> int:
-    """Bytes of a row of the narrower table when `columns` ranks share the columns."""
-    w = widths(config)
-    return min(w.value_dim, w.pre_value_dim or w.value_dim) // columns * w.size
+    """Bytes that a lookup reads of a row of the narrower table when `columns` ranks share the columns."""
+    w, in_fp8 = widths(config), config.model.memory.table_read == "fp8"
+    return min(w.value_dim, w.pre_value_dim or w.value_dim) // columns * (1 if in_fp8 else w.size)
 
 
-def _rows_problem(config: Config, ranks: int) -> str:
+class Verdict(NamedTuple):
+    """What is wrong with a placement ('': nothing), and whether it can be used all the same."""
+
+    problem: str = ""
+    legal: bool = True
+
+
+def _rows_verdict(config: Config, ranks: int) -> Verdict:
     odd = [pool for pool in plan_pools(config.model) if pool.padded_rows % ranks]
     if odd:
-        return (
+        return Verdict(
             f"{ranks} ranks do not divide the {odd[0].padded_rows} rows of a pool; legal: a divisor, or "
-            f"model.memory.rows_multiple a multiple of {ranks} (another model)"
+            f"model.memory.rows_multiple a multiple of {ranks} (another model)",
+            legal=False,
         )
-    return ""
+    return Verdict()
 
 
-def _columns_problem(config: Config, ranks: int) -> str:
+def _columns_verdict(config: Config, ranks: int) -> Verdict:
     w = widths(config)
     for name, width in (("value_dim", w.value_dim), ("pre_value_dim", w.pre_value_dim)):
         if width % ranks:
-            return f"{ranks} ranks do not divide model.memory.{name} = {width}; legal: a divisor"
+            return Verdict(f"{ranks} ranks do not divide model.memory.{name} = {width}; legal: a divisor", legal=False)
     bytes_wide = shard_width(config, ranks)
     if bytes_wide < SECTOR_BYTES:
-        return f"column shards are {bytes_wide} bytes wide, under the {SECTOR_BYTES} that a GPU reads at once"
-    return ""
+        return Verdict(f"column shards are {bytes_wide} bytes wide, under the {SECTOR_BYTES} that a GPU reads at once")
+    return Verdict()

@@ -114,7 +114,7 @@ def memory_placement(config: Config, groups: ProcessGroupCollection, *, equal_to
     if choice.placement == "replicated":
         return WholeTables()
     if choice.problem and dist.get_rank() == 0:
-        warnings.warn(f"parallel.memory_placement = {choice.placement}: {choice.problem}", stacklevel=2)
+        warnings.warn(f"parallel.memory_placement = {choice.label}: {choice.problem}", stacklevel=2)
     capacity = None
     if p.exchange_capacity is not None:
         capacity = Capacity(p.exchange_capacity, tokens_per_rank(config), blocks(config.model.memory))

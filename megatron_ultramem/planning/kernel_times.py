@@ -138,7 +138,7 @@ class KernelTimes:
         return self._linears(
             layout,
             flops=own * layer.flops.moe,
-            weights=p.experts / layout.expert_group + p.router + p.shared_expert,
+            weights=p.experts / layout.expert_group + p.router + p.shared_expert / layout.tensor,
             inputs=chosen * (model.hidden_size + inner),
             outputs=chosen * (model.hidden_size + 2 * inner),
             moved=chosen * (4 * model.hidden_size + 3 * inner),

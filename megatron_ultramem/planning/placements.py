@@ -35,11 +35,8 @@ def print_placements(config: Config, console: Console) -> None:
     chosen = choose(config)
     for estimate in estimates(config):
         mark, moved = estimate == chosen, estimate.forward_bytes + estimate.backward_bytes
-        name = estimate.placement
-        if name == "two_level":
-            name += f" ({p.memory_parallel_size // estimate.columns} x {estimate.columns})"
         table.add_row(
-            name,
+            estimate.label,
             show_bytes(estimate.forward_bytes),
             show_bytes(estimate.backward_bytes),
             show_bytes(moved / tokens_per_rank(config)),
@@ -48,10 +45,12 @@ def print_placements(config: Config, console: Console) -> None:
             style="bold" if mark else None,
         )
     console.print(table)
-    why = "the fastest without a problem" if p.memory_placement == "auto" else "as set"
+    why = "as set"
+    if p.memory_placement == "auto":
+        why = "the fastest without a problem" if not chosen.problem else "the fastest, all of which have a problem"
     if p.memory_parallel_size == 1:
         why = "parallel.memory_parallel_size = 1: every rank holds all tables of its stage"
-    console.print(f"parallel.memory_placement = {p.memory_placement} -> {chosen.placement} ({why})")
+    console.print(f"parallel.memory_placement = {p.memory_placement} -> {chosen.label} ({why})")
 
 
 def show_bytes(number: float) -> str:

@@ -98,7 +98,7 @@ def describe(config: Config, layout: Layout) -> str:
     ]
     words = [f"{name} {size}" for name, size in sizes if size > 1]
     if p.memory_parallel_size > 1:
-        words.append(f"P {p.memory_parallel_size} by {layout.placement.placement}")
+        words.append(f"P {p.memory_parallel_size} by {layout.placement.label}")
     words += [f"DP {layout.data}", f"micro-batch {config.train.micro_batch_size}"]
     if config.train.recompute != "none":
         words.append(f"recompute {config.train.recompute}")
@@ -183,6 +183,8 @@ def _placements(evaluator: Evaluator, candidate: Config, gpus: int, refusals: Re
         if estimate.problem:
             continue
         parallel = dataclasses.replace(candidate.parallel, memory_placement=estimate.placement)
+        if estimate.placement == "two_level":
+            parallel.memory_columns = estimate.columns
         if estimate.placement == "columns":
             parallel.exchange_capacity = None
         placed = dataclasses.replace(candidate, parallel=parallel)

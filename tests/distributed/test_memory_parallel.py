@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_ultramem.config import load_config
 from megatron_ultramem.model.build import value_pools
-from megatron_ultramem.parallel.cost_model import tokens_per_rank, widths
+from megatron_ultramem.parallel.cost_model import choose, tokens_per_rank, widths
 from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.parallel.traffic import columns_bytes, expected_rows_bytes
 from megatron_ultramem.training.loop import train_step
@@ -135,6 +135,22 @@ def step_traffic(overrides: list[str]) -> dict[str, Any]:
 
 
 LOOKUPS = 4 * 8 // 2  # layers x samples of a rank in a step
+
+
+def groups_of_auto(overrides: list[str]) -> tuple[int, int]:
+    """Ranks that share rows and columns."""
+    placement = value_pools(set_up(load_config(None, overrides)).model)[0].placement
+    assert isinstance(placement, ShardedPlacement) and placement.across is not None and placement.within is not None
+    return placement.across.size(), placement.within.size()
+
+
+def test_ranks_share_as_many_columns_as_auto_chose(pool: WorkerPool, small_run: list[str]) -> None:
+    wide = ["model.memory.value_dim=32", "model.memory.pre_value_dim=32"]  # by columns of four narrow, of two not
+    links = ["parallel.ranks_per_node=4", "parallel.exchange_latency_us=0", "parallel.intra_node_gb_per_s=0.01"]
+    settings = [*small_run, *MODELS["block"], *wide, P4, *links]
+    chosen = choose(load_config(None, settings))
+    assert (chosen.placement, chosen.columns) == ("two_level", 2)
+    assert pool.run(4, groups_of_auto, settings) == [(2, 2)] * 4
 
 
 def test_a_step_moves_by_columns_what_the_planner_says(pool: WorkerPool, small_run: list[str]) -> None:

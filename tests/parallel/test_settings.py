@@ -28,7 +28,21 @@ REFUSED = {
         "5 ranks do not divide model.memory.value_dim = 192",
     ),
     "auto-without-a-way": (["parallel.memory_parallel_size=5"], "rows: 5 ranks do not divide"),
-    "two-levels-of-one-node": ([P4, TWO_LEVEL], "parallel.memory_columns = 4 ranks"),
+    "auto-without-a-way-of-two-levels": (
+        ["parallel.memory_parallel_size=14"],
+        "two_level (7 x 2): 7 ranks do not divide the 129664 rows",
+    ),
+    "two-levels-of-one-node": ([P4, TWO_LEVEL], "memory_columns = null: 4 of parallel.memory_parallel_size = 4 ranks"),
+    "two-levels-of-nodes-of-one": (
+        ["parallel.memory_parallel_size=12", TWO_LEVEL, "parallel.ranks_per_node=1"],
+        "memory_columns = null: 1 of parallel.memory_parallel_size = 12 ranks to share columns",
+    ),
+    "two-levels-that-do-not-divide": (
+        ["parallel.memory_parallel_size=12", TWO_LEVEL, "parallel.memory_columns=5"],
+        "legal: parallel.memory_columns = 2 or 3 or 4 or 6",
+    ),
+    "two-levels-of-a-prime": (["parallel.memory_parallel_size=5", TWO_LEVEL], "legal: another placement"),
+    "columns-beside-auto": (["parallel.memory_parallel_size=16", "parallel.memory_columns=4"], "placement = auto"),
     "columns-of-one-level": ([P4, ROWS, "parallel.memory_columns=2"], "memory_columns = 2 would be ignored"),
     "experts-in-another-group": ([P2, *MOE], "value tables and experts share one group"),
     "tables-outside-the-experts-group": (["parallel.expert_parallel_size=2", *MOE], "legal: equal sizes"),
@@ -70,6 +84,9 @@ def test_refused(name: str) -> None:
         [P2, "parallel.expert_parallel_size=2", *MOE],
         [P2, "parallel.overlap_exchange=true"],
         ["parallel.memory_parallel_size=8", COLUMNS],  # narrow: a warning, not an error
+        ["parallel.memory_parallel_size=12"],  # by narrow columns: rows do not divide
+        ["parallel.memory_parallel_size=12", "parallel.exchange_latency_us=1000"],
+        ["parallel.memory_parallel_size=12", "parallel.intra_node_gb_per_s=5", "model.memory.top_m=256"],
     ],
     ids=str,
 )
