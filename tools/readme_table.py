@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the tables of measured results in README.md, docs/comparison.md, docs/scaling.md and docs/planner.md from
-benchmarks/results/*.json; `--check` only compares."""
+"""Writes the tables of measured results in README.md, docs/comparison.md, docs/scaling.md and docs/planner.md, and how
+far the planner is from them, from benchmarks/results/*.json; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from megatron_ultramem.planning.measured import all_errors, truth
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,10 +51,11 @@ Cases = dict[str, dict[str, float]]  # figures by metric, by case
 
 def main() -> int:
     stale = []
+    true = truth(all_errors(ROOT))
     for path, blocks in (
-        (ROOT / "README.md", {"results": table(RESULTS)}),
+        (ROOT / "README.md", {"results": table(RESULTS), "truth": true}),
         (ROOT / "docs" / "comparison.md", {"speed": speed(RESULTS), "learning": learning(RESULTS)}),
-        (ROOT / "docs" / "planner.md", {"plan": plan(RESULTS)}),
+        (ROOT / "docs" / "planner.md", {"plan": plan(RESULTS), "truth": true}),
         (ROOT / "docs" / "scaling.md", {"scaling": scaling(RESULTS)}),
     ):
         text = path.read_text()
@@ -71,8 +74,9 @@ def main() -> int:
 
 
 def _replaced(text: str, name: str, content: str) -> str:
-    """The text with the block of that name, between its two comments, filled anew."""
-    begin, end = f"<!-- {name}: written by tools/readme_table.py -->\n", f"<!-- /{name} -->"
+    """The text with the block of that name, between its two comments, filled anew; `truth` is part of a line."""
+    begin, end = f"<!-- {name}: written by tools/readme_table.py -->", f"<!-- /{name} -->"
+    begin += "" if name == "truth" else "\n"
     head, rest = text.split(begin)
     _, tail = rest.split(end)
     return head + begin + content + end + tail
