@@ -21,10 +21,10 @@ SHOWN = {
         "loss_step_1", "loss_step_50",
     ],
     "memory_parallel": [
-        "received_gb_s_256_mib", "tokens_per_s_with_optimizer", "step_cost_percent", "exchange_gb_s", "peak_gib",
-        "table_gib", "table_gib_on_one",
+        "received_gb_s_256_mib", "tokens_per_s_with_optimizer", "step_cost_percent", "step_ms_spread_percent",
+        "exchange_gb_s", "peak_gib", "table_gib", "table_gib_on_one",
     ],
-    "scaling": ["tokens_per_s", "scaling_efficiency_percent", "times_the_moe"],
+    "scaling": ["tokens_per_s", "tokens_per_s_spread_percent", "scaling_efficiency_percent", "times_the_moe"],
     "conversion": ["checkpoint_mib", "largest_tensor_mib", "tiny_model_peak_mib", "to_hf_peak_mib", "from_hf_peak_mib"],
     "offload": ["trains", "step_cost_percent", "peak_gib", "tables_with_state_gib"],
     "soak": ["restarts", "checkpoints_equal_by_every_bit", "checkpoints_lost"],
