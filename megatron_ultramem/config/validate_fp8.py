@@ -78,12 +78,21 @@ def _refuse_ignored(fp8: Fp8Config) -> None:
 
 
 def _check_bf16_layers(config: Config) -> None:
-    fp8, stage = config.train.fp8, config.model.num_layers // config.parallel.pipeline_parallel_size
+    fp8, layers = config.train.fp8, config.model.num_layers
+    if not fp8.first_last_layers_bf16:
+        return
+    stage = layers // config.parallel.pipeline_parallel_size
     for name in _BF16_LAYERS:
-        if fp8.first_last_layers_bf16 and getattr(fp8, name) > stage:
+        if getattr(fp8, name) > stage:
             raise ConfigError(
                 f"train.fp8.{name} = {getattr(fp8, name)}: legal: at most the {stage} layers of a pipeline stage"
             )
+    if fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16 >= layers:
+        raise ConfigError(
+            f"train.fp8.num_layers_at_start_in_bf16 = {fp8.num_layers_at_start_in_bf16} and num_layers_at_end_in_bf16 "
+            f"= {fp8.num_layers_at_end_in_bf16} leave none of the {layers} layers in FP8; legal: fewer than {layers} "
+            "together, or recipe = none"
+        )
 
 
 def _memory_layers(config: Config) -> list[int]:

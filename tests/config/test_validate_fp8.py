@@ -46,6 +46,17 @@ def test_the_default_model_takes_every_recipe(recipe: str) -> None:
             ],
             ["num_layers_at_start_in_bf16 = 6", "at most the 5 layers"],
         ),
+        *(
+            (
+                [
+                    "train.fp8.first_last_layers_bf16=true",
+                    f"train.fp8.num_layers_at_start_in_bf16={start}",
+                    f"train.fp8.num_layers_at_end_in_bf16={end}",
+                ],
+                [f"start_in_bf16 = {start} and num_layers_at_end_in_bf16 = {end}", "legal: fewer than 20 together"],
+            )
+            for start, end in ((20, 20), (20, 0), (1, 19))
+        ),
         (["train.cuda_graphs=memory"], ["train.cuda_graphs", "memory_projections = false"]),
         (
             ["parallel.memory_parallel_size=2", "parallel.overlap_exchange=true"],
@@ -59,6 +70,11 @@ def test_what_does_not_go_with_fp8_is_refused(overrides: list[str], named: list[
         load_config(None, [TENSORWISE, *overrides])
     for part in named:
         assert part in str(error.value), str(error.value)
+
+
+def test_a_single_layer_may_be_left_to_fp8() -> None:
+    layers = ["train.fp8.num_layers_at_start_in_bf16=1", "train.fp8.num_layers_at_end_in_bf16=18"]
+    load_config(None, [TENSORWISE, "train.fp8.first_last_layers_bf16=true", *layers])
 
 
 def test_delayed_scaling_cannot_leave_layers_out() -> None:

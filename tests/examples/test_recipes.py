@@ -33,6 +33,7 @@ FAMILIES = {
 }
 UNITS = {"M": 1e6, "B": 1e9}
 COUNTS = re.compile(r"^# Counts \((.*?)\): ([\d.]+)([MB]) active(?:, ([\d.]+)([MB]) total)?\.", re.MULTILINE)
+REALLY = re.compile(r"Really active are ([\d.]+)([MB]) of ([\d.]+)([MB])")
 LAYOUT = re.compile(r"^#   (\d+) GPUs(?: \((.+)\))?: (.+)$", re.MULTILINE)
 
 
@@ -69,6 +70,20 @@ def test_counts_are_within_one_percent_of_the_named_ones(name: str) -> None:
     }[how]
     assert ours[0] == pytest.approx(active, rel=0.01)
     assert total is None or ours[1] == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_what_the_model_really_has_where_the_paper_counts_otherwise(name: str) -> None:
+    model = recipe(name).model
+    counts = count_parameters(model, model.vocab_size)
+    _, active, total = named_counts(name)
+    said = REALLY.search(header(name))
+    if said is None:
+        assert counts.active == pytest.approx(active, rel=0.01)
+        assert total is None or counts.total == pytest.approx(total, rel=0.01)
+        return
+    for number, unit, real in ((*said.groups()[:2], counts.active), (*said.groups()[2:], counts.total)):
+        assert number == f"{real / UNITS[unit]:.{len(number.partition('.')[2])}f}"
 
 
 @pytest.mark.parametrize(
