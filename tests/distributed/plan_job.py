@@ -33,14 +33,17 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation = str(func).split(".")
         if operation[0] == "c10d" and operation[1] in _VOLUMES:
-            group = dist.ProcessGroup.unbox(next(arg for arg in args if _is_group(arg)))
+            group = group_among(args)
+            assert group is not None
             ranks = dist.get_process_group_ranks(group)
             self.received[tuple(ranks)] += _VOLUMES[operation[1]](args, len(ranks), group.rank())
         return func(*args, **(kwargs or {}))
 
 
-def _is_group(arg: Any) -> bool:
-    return isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+def group_among(args: Any) -> dist.ProcessGroup | None:
+    """The process group among the arguments of an operation of torch's dispatcher."""
+    boxed = (arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    return next((dist.ProcessGroup.unbox(arg) for arg in boxed), None)
 
 
 def _bytes(tensors: Any) -> int:

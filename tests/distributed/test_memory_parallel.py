@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
 from megatron_ultramem.config import load_config
+from megatron_ultramem.config.schema import TokenizerConfig
 from megatron_ultramem.model.build import value_pools
 from megatron_ultramem.parallel.cost_model import choose, tokens_per_rank, widths
 from megatron_ultramem.parallel.placement import ShardedPlacement
 from megatron_ultramem.parallel.traffic import columns_bytes, expected_rows_bytes
 from megatron_ultramem.training.loop import train_step
+from megatron_ultramem.training.preprocess import preprocess
 from megatron_ultramem.training.setup import set_up
-from tests.distributed.layout_job import STEPS, assert_trains_like, train_job
+from tests.distributed.layout_job import STEPS, assemble, assert_trains_like, train_job
 from tests.distributed.workers import WorkerPool
 
 P2, P4 = "parallel.memory_parallel_size=2", "parallel.memory_parallel_size=4"
@@ -113,6 +117,49 @@ def test_training_equals_one_rank(
 ) -> None:
     expected = one_rank(MODELS[model])
     results = pool.run(ranks, train_job, small_run + MODELS[model] + settings, STEPS, True)
+    assert_trains_like(expected, results)
+
+
+@pytest.fixture(scope="session")
+def one_byte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a data set that is one byte again and again."""
+    folder = tmp_path_factory.mktemp("one_byte")
+    files = [folder / f"{number}.txt" for number in range(2)]
+    for file in files:
+        file.write_text("a" * 20_000)
+    preprocess(files, folder / "data", TokenizerConfig())
+    return folder / "data"
+
+
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        pytest.param([P2], [], id="p2"),
+        pytest.param([P4], [PLAIN], id="p4_plain_optimizer"),
+        pytest.param([P2], [PLAIN], id="p2_plain_optimizer"),
+        pytest.param([P4], [], id="p4"),
+    ],
+)
+def test_training_equals_one_rank_where_all_tokens_hit_one_row(
+    pool: WorkerPool,
+    small_run: list[str],
+    one_rank: Callable[[list[str]], dict],
+    one_byte: Path,
+    layout: list[str],
+    optimizer: list[str],
+) -> None:
+    """In every pool, so that the rows of all ranks but one are never hit."""
+    model = ["model.memory.top_m=1", f"data.paths=[{one_byte}]", "data.split='50,50,0'"]
+    expected = one_rank(model)
+    ranks = int(layout[0][-1])
+    results = pool.run(ranks, train_job, [*small_run, *model, *layout, ROWS, *optimizer], STEPS, True)
+    for key, gradient in assemble([expected["grads"]]).items():
+        if "pools" in key:
+            assert np.count_nonzero(np.abs(gradient).max(1)) == 1, key
+            touched = [
+                np.abs(numbers).max() > 0 for rank in results for name, _, _, numbers in rank["grads"] if name == key
+            ]
+            assert sorted(touched) == [*[False] * (ranks - 1), True], key
     assert_trains_like(expected, results)
 
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.plan_job import held_and_received
-from tests.distributed.test_memory_parallel import COLUMNS, INTERLEAVED, MODELS, P2, P4, PLAIN, PP2, ROWS, STATIC, TP2
+from tests.distributed.test_memory_parallel import (
+    COLUMNS,
+    INTERLEAVED,
+    MODELS,
+    P2,
+    P4,
+    PLAIN,
+    PP2,
+    ROWS,
+    STATIC,
+    TP2,
+    TWO_LEVEL,
+)
 from tests.distributed.workers import WorkerPool
 
 MEMORY_RECOMPUTE, FULL = "model.memory.recompute=true", "train.recompute=full"
@@ -44,6 +56,12 @@ def test_ranks_hold_and_receive_what_the_planner_says(
             pipeline = result["pipeline"]
             received[pipeline] = received.get(pipeline, 0) + received.pop((0, 1, 2, 3), 0)
         assert planned == pytest.approx(received, rel=0.04)
+
+
+def test_two_levels_with_room_for_everything_are_planned_to_the_byte(pool: WorkerPool, small_run: list[str]) -> None:
+    for result in pool.run(4, held_and_received, [*small_run, *MODELS["ring"], *TWO_LEVEL, f"{STATIC}=2"]):
+        counted, planned = result["exchange"]
+        assert planned == counted > 0
 
 
 def test_dynamic_rows_and_experts_are_planned_as_evenly_used(pool: WorkerPool, small_run: list[str]) -> None:
