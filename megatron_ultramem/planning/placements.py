@@ -47,7 +47,11 @@ def print_placements(config: Config, console: Console) -> None:
     console.print(table)
     why = "as set"
     if p.memory_placement == "auto":
-        why = "the fastest without a problem" if not chosen.problem else "the fastest, all of which have a problem"
+        why = (
+            "the fastest without a problem"
+            if not chosen.problem
+            else "none is without a problem: the fastest legal one"
+        )
     if p.memory_parallel_size == 1:
         why = "parallel.memory_parallel_size = 1: every rank holds all tables of its stage"
     console.print(f"parallel.memory_placement = {p.memory_placement} -> {chosen.label} ({why})")

@@ -123,6 +123,11 @@ def test_plan_names_the_columns_of_two_levels(capsys: pytest.CaptureFixture[str]
     assert "parallel.memory_placement = auto -> two_level (4 x 4)" in capsys.readouterr().out
 
 
+def test_plan_says_where_no_placement_is_without_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "parallel.memory_parallel_size=12", "train.global_batch_size=12"]) == 0
+    assert "auto -> columns (none is without a problem: the fastest legal one)" in capsys.readouterr().out
+
+
 def test_plan_without_memory_layers_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "model.memory.layers=none"]) == 0
     assert "nothing to place" in capsys.readouterr().out
