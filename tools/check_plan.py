@@ -206,7 +206,7 @@ def _show(rows: list[Row]) -> None:
             name = metric.removesuffix("_predicted")
             measured, error = values[case, f"{name}_measured"], values[case, f"{name}_error"]
             table.add_row(case, name, f"{value:,.6g}", f"{measured:,.6g}", f"{error:+.1f} %")
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

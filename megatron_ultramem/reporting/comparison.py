@@ -109,12 +109,13 @@ def curve(run: Run, vocab_size: int, *, whole: bool = True) -> Curve:
 
 
 def comparison_table(summaries: Sequence[Summary]) -> Table:
-    """For the terminal."""
-    table = Table(*_HEADER, title="Same data, same order", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    """For the terminal: recipes side by side, so that a pair of them has room in 80 columns."""
+    table = Table(title="Same data, same order", title_justify="left")
+    table.add_column("", min_width=max(map(len, _SHORT)))
     for summary in summaries:
-        table.add_row(*_cells(summary))
+        table.add_column(summary.name, justify="right", overflow="fold")
+    for name, *values in zip(_SHORT, *(_cells(summary)[1:] for summary in summaries), strict=True):
+        table.add_row(name, *values)
     return table
 
 
@@ -127,6 +128,9 @@ def comparison_markdown(summaries: Sequence[Summary]) -> str:
 _HEADER = (
     "recipe", "parameters", "active", "training FLOPs per token", "runs", "tokens", "training time", "training loss",
     "validation loss", "tokens/s", "peak GiB",
+)  # fmt: skip
+_SHORT = (
+    "parameters", "active", "FLOPs/token", "runs", "tokens", "time", "train loss", "valid loss", "tokens/s", "peak GiB",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from megatron_ultramem.reporting.runs import format_count
 from megatron_ultramem.reporting.trials import Trial
 from megatron_ultramem.results import Row, write_results
 
+LOG_WIDTH = 400
 _UNITS = {
     "tokens_per_s": "tokens/s", "seconds": "s", "peak_gib": "GiB", "training_flops": "FLOP per token", "tokens": "",
 }  # fmt: skip
@@ -56,7 +57,9 @@ def write_comparison(trials: Sequence[Trial], output: Path, name: str = "compari
                 curves += found
         size = f"{format_count(summaries[-1].active)} active of {format_count(summaries[-1].parameters)}"
         drawn.append((f"{recipe}: {size}", curves))
-    Console().print(comparison_table(summaries))
+    # A file of logs has room for any table; only a terminal has a width to keep to.
+    console = Console() if Console().is_terminal else Console(width=LOG_WIDTH)
+    console.print(comparison_table(summaries))
     output.mkdir(parents=True, exist_ok=True)
     table, figure = output / f"{name}.md", output / f"{name}.png"
     table.write_text(comparison_markdown(summaries))

@@ -69,6 +69,20 @@ def test_the_table_says_the_spread_only_of_several_runs() -> None:
     assert "2.5000 ± 0.7071" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("recipes", [2, 5])
+def test_a_terminal_of_80_columns_shows_every_figure_and_name(recipes: int) -> None:
+    runs = [run([6.0, 5.0, 4.0, 3.0], 3.5), run([6.0, 5.0, 4.0, 2.0], 2.5)]
+    names = [f"ultramemv2_{number}27m_1b" for number in range(recipes)]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison_table([summarise(name, runs, VOCABULARY) for name in names]))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said
+    assert (said.count("2.5000"), said.count("0.7071")) == (recipes, 2 * recipes)
+    assert "FLOPs/token" in said and "train loss" in said
+    if recipes == 2:  # of more the names take several lines
+        assert all(name in said for name in names)
+
+
 def test_every_run_is_a_line_in_each_of_three_panels() -> None:
     curves = [curve(run([6.0, 5.0, 4.0, last], 3.5), VOCABULARY) for last in (3.0, 2.0)]
     figure = draw_comparison([("a", curves), ("b", curves[:1])])

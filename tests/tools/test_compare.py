@@ -121,7 +121,9 @@ def log_losses(trial: Trial, losses: list[float]) -> None:
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_runs_that_were_cut_off_are_not_averaged_with_whole_ones(recipes: list[str], tmp_path: Path) -> None:
+def test_runs_that_were_cut_off_are_not_averaged_with_whole_ones(
+    recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dense, moe = (load_recipe(Path(recipe), []) for recipe in recipes)
     whole, cut, alone = (Trial(*of, Budget(100), 1, tmp_path) for of in ((dense, 1), (dense, 2), (moe, 1)))
     log_losses(whole, [9.0] * 50 + [1.0] * 50)
@@ -138,6 +140,8 @@ def test_runs_that_were_cut_off_are_not_averaged_with_whole_ones(recipes: list[s
         "moe, seed 1, cut off": [1, 1280, 9.0],
     }
     assert [line.split(" | ")[0] for line in table.read_text().splitlines()[2:]] == [f"| {case}" for case in figures]
+    head = capsys.readouterr().out.splitlines()[2]  # no terminal: as wide as the names are
+    assert all(case in head for case in figures)
 
 
 @pytest.mark.parametrize(
