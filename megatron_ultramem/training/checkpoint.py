@@ -36,7 +36,7 @@ from megatron_ultramem.training import checkpoint_state as contents
 from megatron_ultramem.training import checksums
 from megatron_ultramem.training.checkpoint_repairs import separate_step_counters
 from megatron_ultramem.training.checkpoint_safety import extra_state_was_checked
-from megatron_ultramem.training.optimizer import whole_parameters
+from megatron_ultramem.training.optimizer import weights_from_masters, whole_parameters
 from megatron_ultramem.training.orphans import results_queue_that_ends_with_us
 from megatron_ultramem.training.restarts import launch_id
 
@@ -179,6 +179,8 @@ class CheckpointManager:
         keep_settings(loaded["optimizer"], self.optimizer)
         self.optimizer.load_state_dict(loaded["optimizer"])
         separate_step_counters(self.optimizer)
+        if self.config.train.fp8.param_gather:
+            weights_from_masters(self.chunks, self.optimizer)
         self.scheduler.num_steps = 0
         self.scheduler.step(record.step)
         if with_rng and not contents.restore_rng(loaded["rng"]):

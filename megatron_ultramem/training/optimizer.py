@@ -82,6 +82,17 @@ def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
+@torch.no_grad()
+def weights_from_masters(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Makes the weights anew from the distributed optimizer's fp32 masters, as it does at the end of a step. Weights in
+    FP8 alone are saved as the bf16 numbers next to them, of which other scales come out. Collective."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part._copy_main_params_to_model_params()
+    for chunk in chunks:
+        if not chunk.ddp_config.overlap_param_gather:  # otherwise the next forward gathers
+            chunk.start_param_sync()
+
+
 def build_optimizer(
     config: Config, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:

@@ -91,7 +91,7 @@ def losses_around_a_change(overrides: list[str]) -> list[float]:
         train_step(run)
     graph = model_graph(run.memory_hooks)
     assert graph is not None and graph.recorded
-    batch = next(micro_batches(run.train_data, 0, 1))
+    batch = next(micro_batches(run.train_data, run.position.consumed_samples, 1)(0))
     names = {"input_ids": "tokens", "position_ids": "position_ids", "labels": "labels"}
     inputs = {name: batch[key].to(run.platform.device) for name, key in names.items()}
 
