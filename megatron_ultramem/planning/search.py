@@ -70,7 +70,7 @@ def binding_constraint(evaluator: Evaluator, found: Found) -> str:
         refused = found.refusals.small_batch or found.refusals.illegal
         what = "the global batch binds" if found.refusals.small_batch else "no layout is legal"
         reason, count = refused.most_common(1)[0]
-        return f"{what}: {reason} (so for {count} layouts, and {refused.total() - count} alike)"
+        return f"{what}: {reason} (so for {count} of {refused.total()} layouts refused alike)"
     layout, memory = layout_of(closest[0], found.gpus), closest[1]
     which = f"the layout that comes closest ({describe(closest[0], layout)})"
     return f"memory binds: {which} {needs(memory, evaluator.cluster)}"

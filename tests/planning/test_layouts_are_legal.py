@@ -56,23 +56,28 @@ def test_of_every_recipe_with_memory_enough_and_with_little(name: str) -> None:
         check_printed(name, [], found, little)
 
 
+BLOCKS, TWO_LEVELS = "ultramemv2_500m_6_8b_block6", [
+    "parallel.memory_parallel_size=8", "parallel.memory_placement=two_level", "parallel.memory_columns=4",
+]  # fmt: skip
 RESET = {
-    "columns": ("ultramemv2_2_5b_25b", 16, [
-        "parallel.memory_parallel_size=8", "parallel.memory_placement=two_level", "parallel.memory_columns=4",
-    ]),
-    "sequence": ("ultramemv2_1b_7b", 8, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]),
+    "columns": (BLOCKS, 8, TWO_LEVELS),
+    "sequence": (BLOCKS, 8, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]),
     "no-sequence": ("dense_227m", 8, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=false"]),
     "overlap": ("ultramemv2_227m_1b", 8, ["parallel.memory_parallel_size=2", "parallel.overlap_exchange=true"]),
     "capacity": ("ultramemv2_227m_1b", 8, [
         "parallel.memory_parallel_size=4", "parallel.memory_placement=rows", "parallel.exchange_capacity=8",
     ]),
-    "p2p": ("ultramemv2_1b_7b", 8, [
+    "p2p": (BLOCKS, 8, [
         "parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_stages=2", "parallel.overlap_p2p=true",
     ]),
+    "columns-large": ("ultramemv2_2_5b_25b", 16, TWO_LEVELS),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "gpus", "given"), list(RESET.values()), ids=list(RESET))
+@pytest.mark.parametrize(
+    ("name", "gpus", "given"),
+    [pytest.param(*case, id=key, marks=pytest.mark.slow if "large" in key else ()) for key, case in RESET.items()],
+)
 def test_what_a_config_says_of_its_own_layout_is_taken_back(name: str, gpus: int, given: list[str]) -> None:
     cluster = load_cluster("h200")
     fitting = layouts(load_config(CONFIGS / f"{name}.yaml", given), gpus, cluster)
