@@ -78,7 +78,7 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, vocab_size: int, cluster: Cluster) -> None:
-        """Raises ConfigError for what is wrong with the config under any layout."""
+        """Raises ConfigError for what is wrong with the config in its own layout and without any alike."""
         self.cluster = cluster
         legal = _legal_somehow(config)
         if config.train.fp8.recipe != "none" and not cluster.fp8_times:

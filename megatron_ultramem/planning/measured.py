@@ -21,11 +21,8 @@ FAST, FAST_FP8 = "preset=throughput", "preset=throughput_fp8"
 ROUTER, ALLGATHER = "model.moe.router_fusion=true", "model.moe.dispatcher=allgather"
 OF_LAYERS = ("train.cuda_graphs=layers", "train.fused_weight_gradients=false")
 OF_MEMORY, OF_ALL = "train.cuda_graphs=memory", "train.cuda_graphs=full"
-TWO, BESIDE_FFN, ALL_FIT = (
-    "parallel.memory_parallel_size=2",
-    "parallel.overlap_exchange=true",
-    "parallel.exchange_capacity=1e9",
-)
+BESIDE_FFN, ALL_FIT = "parallel.overlap_exchange=true", "parallel.exchange_capacity=1e9"
+TWO = "parallel.memory_parallel_size=2"
 COLUMNS, ROWS = (TWO, "parallel.memory_placement=columns"), (TWO, "parallel.memory_placement=rows")
 FIGURES = ("peak", "step")
 SMALL, CUT = "ultramemv2_227m_1b", "ultramemv2_1b_7b_cut"
