@@ -31,11 +31,11 @@ test-all: $(if $(MEGATRON),$(READY),lint)
 	$(BIN)/python -m pytest -m "not gpu" $(SHARED)
 
 # On GPUs, in the environment that holds Transformer Engine (PYTHON). First the tests of two GPUs, where there are two: in
-# one process with nothing beside it, because collectives wait for the time slices of others. 2: interrupted.
+# two processes with nothing beside them, because collectives wait for the time slices of others. 2: interrupted.
 test-gpu: $(GPU_MEGATRON)
 	@failed=0; \
 	if $(PYTHON) -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then \
-		$(GPU_PYTEST) -m "gpu and two_gpus" || { failed=$$?; [ $$failed -ne 2 ] || exit 2; }; \
+		$(GPU_PYTEST) -m "gpu and two_gpus" -n 2 --dist loadgroup || { failed=$$?; [ $$failed -ne 2 ] || exit 2; }; \
 	else echo "fewer than two GPUs: tests of two are left out"; fi; \
 	$(GPU_PYTEST) -m "gpu and not two_gpus" -n $(GPU_JOBS) --dist loadgroup || failed=$$?; \
 	exit $$failed

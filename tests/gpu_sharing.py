@@ -29,12 +29,12 @@ def prepare_process() -> None:
 
 
 def group_of(item: pytest.Item) -> str | None:
-    """Tests of one group run in one process, one after the other: those of two GPUs, because collectives of several
-    runs on the same GPUs wait for each other's time slices; those that take much memory; and those of a file that
-    share what a fixture computes once for it. None: a test that may run anywhere."""
-    for marker in ("two_gpus", "large"):
-        if item.get_closest_marker(marker):
-            return marker
+    """Tests of one group run in one process, one after the other: those that take much memory; those of a file that
+    share what a fixture computes once for it; and those of a file on two GPUs. None: a test that may run anywhere."""
+    if item.get_closest_marker("large"):
+        return "large"
+    if item.get_closest_marker("two_gpus"):
+        return f"two_gpus {item.path.stem}"
     found = getattr(item, "_fixtureinfo", None)
     fixtures = found.name2fixturedefs.values() if found else ()
     shared = any(definition.scope == "module" for definitions in fixtures for definition in definitions)

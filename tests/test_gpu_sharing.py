@@ -84,7 +84,8 @@ def test_tests_that_share_a_fixture_of_their_file_are_a_group(
         return json.loads((tmp_path / "groups.json").read_text())
 
     assert groups() == {request.node.nodeid: "test_gpu_sharing"}
-    assert groups("two_gpus") == {request.node.nodeid: "two_gpus"}
+    assert groups("two_gpus") == {request.node.nodeid: "two_gpus test_gpu_sharing"}
+    assert groups("large") == {request.node.nodeid: "large"}
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Draws what tools/fp8_curves.py measured: losses, their distance from bf16, and gradient norms.
 
-python tools/draw_fp8_curves.py benchmarks/results/fp8_curves_h200.json docs/fp8_curves_h200.png
+    python tools/draw_fp8_curves.py benchmarks/results/fp8_curves_h200.json docs/fp8_curves_h200.png
+
+Seeds have data of their own: a distance is the mean over seeds of that to bf16 with the same seed, and losses and norms
+are means over the seeds that all variants have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from megatron_ultramem.errors import UserError, exit_status
 from megatron_ultramem.reporting.figure import COLORS, INK
 
 Curve = dict[int, float]  # by step
+Curves = dict[str, dict[str, dict[str, Curve]]]  # by variant, seed, and what it is of
 SMOOTHED = 3  # points of the distance from bf16 that a line averages over
 
 
@@ -29,45 +34,45 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: draw(*read(args.results)).savefig(args.picture, dpi=110))
 
 
-def read(path: Path) -> tuple[str, dict[str, dict[str, Curve]], dict[str, str]]:
-    """Hardware and number of seeds; losses and gradient norms of every variant, means over seeds; how far each ended
-    from bf16, in words."""
+def read(path: Path) -> tuple[str, Curves, dict[str, str]]:
+    """Hardware; losses and gradient norms of every variant and seed; how far each variant ended from bf16, in words."""
     try:
         content = json.loads(path.read_text())
         hardware, rows = content["hardware"], content["rows"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}; legal: a results file of tools/fp8_curves.py") from None
-    curves: dict[str, dict[str, Curve]] = {}
+    curves: Curves = {}
     ends = {}
-    seeds = 1
     for row in rows:
-        if "/seed_" in row["case"]:
-            continue
+        variant, _, seed = row["case"].partition("/seed_")
         what, _, step = row["metric"].rpartition("_step_")
-        if what:
-            curves.setdefault(row["case"], {}).setdefault(what, {})[int(step)] = row["value"]
+        if what and seed:
+            curves.setdefault(variant, {}).setdefault(seed, {}).setdefault(what, {})[int(step)] = row["value"]
         elif row["metric"] == "loss_against_bf16":
             ends[row["case"]] = f"{row['value']:+.2f} %"
         elif row["metric"] == "loss_against_bf16_error":
             ends[row["case"]] += f" ± {row['value']:.2f}"
-        elif row["metric"] == "seeds":
-            seeds = max(seeds, int(row["value"]))
     if "bf16" not in curves:
         raise UserError(f"{path}: holds {', '.join(curves) or 'no curves'}; legal: a file with the variant bf16")
-    return hardware + (f", means over up to {seeds} seeds" if seeds > 1 else ""), curves, ends
+    return hardware, curves, ends
 
 
-def draw(hardware: str, curves: dict[str, dict[str, Curve]], ends: dict[str, str]) -> Figure:
+def draw(hardware: str, curves: Curves, ends: dict[str, str]) -> Figure:
     figure = Figure(figsize=(13, 4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     loss, distance, norm = figure.subplots(1, 3)
-    for (name, found), color in zip(curves.items(), COLORS, strict=False):
+    shared = set.intersection(*(set(seeds) for seeds in curves.values())) or set(curves["bf16"])
+    for (name, seeds), color in zip(curves.items(), COLORS, strict=False):
         style = {"color": color, "linewidth": 1.2}
-        label = name if name == "bf16" or name not in ends else f"{name} ({ends[name]} at the end)"
-        loss.plot(*_points(found["loss"]), label=label, **style)
-        norm.plot(*_points(found["grad_norm"]), **style)
-        if name != "bf16":
-            distance.plot(*_points(_distance(found["loss"], curves["bf16"]["loss"])), **style)
+        known = f", {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        label = name if name == "bf16" or name not in ends else f"{name} ({ends[name]} at the end{known})"
+        drawn = [seeds[seed] for seed in sorted(shared & set(seeds) or seeds)]
+        loss.plot(*_points(_mean([one["loss"] for one in drawn])), label=label, **style)
+        norm.plot(*_points(_mean([one["grad_norm"] for one in drawn])), **style)
+        both = [seed for seed in seeds if seed in curves["bf16"]]
+        if name != "bf16" and both:
+            distances = [_distance(seeds[seed]["loss"], curves["bf16"][seed]["loss"]) for seed in both]
+            distance.plot(*_points(_mean(distances)), **style)
     loss.set_yscale("log")
     norm.set_yscale("log")
     loss.legend(fontsize=7)
@@ -84,6 +89,12 @@ def draw(hardware: str, curves: dict[str, dict[str, Curve]], ends: dict[str, str
 def _points(curve: Curve) -> tuple[list[int], list[float]]:
     steps = sorted(curve)
     return steps, [curve[step] for step in steps]
+
+
+def _mean(curves: list[Curve]) -> Curve:
+    """At the steps that all have."""
+    steps = set.intersection(*(set(curve) for curve in curves))
+    return {step: statistics.mean(curve[step] for curve in curves) for step in steps}
 
 
 def _distance(curve: Curve, bf16: Curve) -> Curve:

@@ -43,7 +43,15 @@ def update(optimizer: MegatronOptimizer, norm: float, clip: float, longest: int 
             gradients = (param.grad for param in part.get_parameters() if param.grad is not None)
             if holders := [_holder(piece) for piece in _in_pieces(gradients, longest)]:
                 clip_grad_by_total_norm_fp32(holders, clip, norm)
+    _make_room(optimizer)
     optimizer.step_with_ready_grads()
+
+
+def _make_room(optimizer: MegatronOptimizer) -> None:
+    """Before the first step, gives back what torch keeps of the backward pass: the moments that the step creates are as
+    large as the tables, and do not fit into the pieces."""
+    if torch.cuda.is_available() and not any(part.optimizer.state for part in _parts(optimizer) if part.optimizer):
+        torch.cuda.empty_cache()
 
 
 def _in_pieces(tensors: Iterable[torch.Tensor], longest: int) -> Iterator[torch.Tensor]:

@@ -47,7 +47,7 @@ def test_a_file_describes_a_cluster_or_changes_a_preset(tmp_path: Path) -> None:
         ("h100", ["cluster.gpus_per_node=2.5"], "cluster.gpus_per_node = 2.5: legal: an integer"),
         ("h100", ["cluster.hbm_gb_per_s=fast"], "cluster.hbm_gb_per_s = 'fast': legal: a number"),
         ("h100", ["cluster.memory_gib"], "cluster.memory_gib = None: legal: a number"),
-        ("h100", ["cluster.memory_gib=1"], "cluster.memory_gib = 1: legal: above cluster.reserved_gib = 1.5"),
+        ("h100", ["cluster.memory_gib=1"], "cluster.memory_gib = 1: legal: above cluster.reserved_gib = 4"),
         ("h100", ["cluster.reserved_gib=80"], "cluster.memory_gib = 79.1: legal: above cluster.reserved_gib = 80"),
         ("missing.yaml", [], "cluster file missing.yaml: cannot be read"),
     ],

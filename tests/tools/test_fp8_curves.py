@@ -56,6 +56,8 @@ def test_a_results_file_is_drawn_with_what_it_holds(tmp_path: Path, capsys: pyte
         name: {"1": {"losses": [4 / (1 + step) + shift for step in range(40)], "grad_norms": [1.0 + shift] * 40}}
         for name, shift in (("bf16", 1.0), ("fp8_tables", 1.001))
     }
+    # Another seed, with other data: bf16 has it too, the tables do not.
+    curves["bf16"]["2"] = {what: [9 * number for number in own] for what, own in curves["bf16"]["1"].items()}
     tool, draw = script("fp8_curves"), script("draw_fp8_curves")
     kept = {name: {seed: tool.figures_of(own) for seed, own in by_seed.items()} for name, by_seed in curves.items()}
     rows = [asdict(row) for row in tool.rows_of(kept)]
@@ -63,8 +65,10 @@ def test_a_results_file_is_drawn_with_what_it_holds(tmp_path: Path, capsys: pyte
     assert draw.main([str(tmp_path / "curves.json"), str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 10000
     hardware, found, ends = draw.read(tmp_path / "curves.json")
-    (labels,) = [axes.get_legend_handles_labels()[1] for axes in draw.draw(hardware, found, ends).axes[:1]]
-    assert labels == ["bf16", "fp8_tables (+0.09 % at the end)"]
+    loss, distance, _ = draw.draw(hardware, found, ends).axes
+    assert loss.get_legend_handles_labels()[1] == ["bf16", "fp8_tables (+0.09 % at the end, 1 seed)"]
+    assert min(distance.lines[0].get_ydata()) > 0 and max(distance.lines[0].get_ydata()) < 0.1
+    assert max(loss.lines[0].get_ydata()) == pytest.approx(5.0)
     (tmp_path / "other.json").write_text(json.dumps({"hardware": "a GPU", "rows": []}))
     assert draw.main([str(tmp_path / "other.json"), str(tmp_path / "x.png")]) == 2
     assert "other.json: holds no curves; legal: a file with the variant bf16" in capsys.readouterr().err
