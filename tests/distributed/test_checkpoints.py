@@ -35,8 +35,9 @@ LAYOUTS = {
     "plain_tp2": (2, [TP2, PLAIN]),
     "plain_pp2": (2, [PP2, PLAIN]),
 }
-FAST = [("tp2", "pp2"), ("pp2", "dp2"), ("dp2", "one")]
+FAST = [("tp2", "pp2"), ("dp2", "one")]
 SLOW = [
+    ("pp2", "dp2"),
     ("one", "tp2"),
     ("tp2_pp2", "one"),
     ("one", "tp2_pp2"),

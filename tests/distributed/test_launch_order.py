@@ -51,7 +51,10 @@ def launches_of_a_step(overrides: list[str]) -> list[Launch]:
     return launches.order
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"columns_ep2", "rows_overflow_ep2_dp2"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_ranks_launch_what_they_share_in_one_order(pool: WorkerPool, small_run: list[str], case: str) -> None:
     ranks, settings = CASES[case]
     launched = pool.run(ranks, launches_of_a_step, [*small_run, *settings])

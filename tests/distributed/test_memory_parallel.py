@@ -136,8 +136,8 @@ def one_byte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param([P2], [], id="p2"),
         pytest.param([P4], [PLAIN], id="p4_plain_optimizer"),
-        pytest.param([P2], [PLAIN], id="p2_plain_optimizer"),
-        pytest.param([P4], [], id="p4"),
+        pytest.param([P2], [PLAIN], id="p2_plain_optimizer", marks=pytest.mark.slow),
+        pytest.param([P4], [], id="p4", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_one_rank_where_all_tokens_hit_one_row(

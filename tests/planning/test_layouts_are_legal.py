@@ -18,7 +18,12 @@ from megatron_ultramem.planning.plan import make_plan
 from megatron_ultramem.planning.search import as_overrides, search
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+# Of each kind of model one at once; the others take as long and are slow together.
+FAST = ("ultramemv2_227m_1b", "ultramem_227m_1b", "olmoe_227m_1b", "dense_227m", "ultramemv2_2_5b_25b")
+RECIPES = [
+    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
+    for name in sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+]
 VOCABULARY = 50304
 ENOUGH_GIB = 300  # for every recipe on 8 GPUs
 
