@@ -26,6 +26,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_ultramem.training.optimizer_parts import optimizer_parts
+
 MCORE_VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 # Since 0.17 the fields for submodules of a layer hold callable builders; before, ModuleSpecs.
 BUILDERS = MCORE_VERSION >= (0, 17)
@@ -202,8 +204,7 @@ def keep_settings(state: dict[Any, Any], optimizer: Any) -> None:
     def name(group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group.get(key, group.get(f"pre_{key}")) for key in GROUP_NAME)
 
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part, loaded in zip(parts, parts_of_state(state), strict=True):
+    for part, loaded in zip(optimizer_parts(optimizer), parts_of_state(state), strict=True):
         ours = {name(group): group for group in part.optimizer.param_groups}
         for group in loaded["param_groups"]:
             settings = ours.get(name(group), {})

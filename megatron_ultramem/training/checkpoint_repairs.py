@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_ultramem.compat import parts_of_state
+from megatron_ultramem.training.optimizer_parts import optimizer_parts
 
 
 def install_adam_checkpoint_fix() -> None:
@@ -71,7 +72,7 @@ def padding_kept(optimizer: Any) -> Iterator[None]:
     short.
     """
     saved: list[tuple[Any, int]] = []
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for chained in optimizer_parts(optimizer):
         for buffer in getattr(chained, "buffers", []):
             saved += [(part, part.numel_unpadded) for part in (buffer, *buffer.buckets)]
             buffer.numel_unpadded = buffer.numel
@@ -102,7 +103,7 @@ def share_step(state: dict[Any, Any]) -> None:
 def separate_step_counters(optimizer: Any) -> None:
     """Gives every parameter its own AdamW "step" after a checkpoint was loaded. Megatron restores one tensor for all of
     them, and torch's AdamW, counting in place, would then count a step once for every parameter."""
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for chained in optimizer_parts(optimizer):
         for state in chained.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

@@ -23,6 +23,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.model.build import value_pools
 from megatron_ultramem.training.host_adam import AdamSettings, choose_backend, use_threads
 from megatron_ultramem.training.offload_parts import HostTable, take_tables
+from megatron_ultramem.training.optimizer_parts import optimizer_parts
 
 
 def offload_tables(
@@ -33,7 +34,7 @@ def offload_tables(
     o = config.optimizer
     if o.value_offload == "none":
         return optimizer
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    parts = optimizer_parts(optimizer)
     replicas = parallel_state.get_expert_data_parallel_world_size()
     offloaded = OffloadingOptimizer(
         parts,

@@ -27,6 +27,7 @@ from megatron_ultramem.model.transformer_config import dtype_of
 from megatron_ultramem.training.checkpoint_repairs import install_adam_checkpoint_fix
 from megatron_ultramem.training.memory_hooks import MemoryHooks
 from megatron_ultramem.training.offload import offload_tables
+from megatron_ultramem.training.optimizer_parts import optimizer_parts
 
 
 def wrap_chunks(
@@ -86,7 +87,7 @@ def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
 def weights_from_masters(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Makes the weights anew from the distributed optimizer's fp32 masters, as it does at the end of a step. Weights in
     FP8 alone are saved as the bf16 numbers next to them, of which other scales come out. Collective."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         part._copy_main_params_to_model_params()
     for chunk in chunks:
         if not chunk.ddp_config.overlap_param_gather:  # otherwise the next forward gathers

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 
 from megatron_ultramem.compat import gradients_for_norm
+from megatron_ultramem.training.optimizer_parts import optimizer_parts
 
 # Elements. Transformer Engine's kernels of norm and clipping count those of a tensor in 32 bits, and would pass over a
 # table that has more.
@@ -20,7 +21,7 @@ LONGEST = 2**30
 def gradient_norm(optimizer: MegatronOptimizer, longest: int = LONGEST) -> float:
     """Readies the gradients of a step for the optimizer; returns their global norm. Collective."""
     optimizer.prepare_grads()
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     groups = [part.get_grad_stats_parallel_group() for part in parts]
     gradients = [list(_in_pieces(gradients_for_norm(part), longest)) for part in parts]
     if all(group == groups[0] for group in groups):
@@ -39,7 +40,7 @@ def update(optimizer: MegatronOptimizer, norm: float, clip: float, longest: int 
     Parameters are gathered over data-parallel ranks afterwards, now or while the next forward pass runs.
     """
     if clip > 0.0:
-        for part in _parts(optimizer):
+        for part in optimizer_parts(optimizer):
             gradients = (param.grad for param in part.get_parameters() if param.grad is not None)
             if holders := [_holder(piece) for piece in _in_pieces(gradients, longest)]:
                 clip_grad_by_total_norm_fp32(holders, clip, norm)
@@ -50,7 +51,9 @@ def update(optimizer: MegatronOptimizer, norm: float, clip: float, longest: int 
 def _make_room(optimizer: MegatronOptimizer) -> None:
     """Before the first step, gives back what torch keeps of the backward pass: the moments that the step creates are as
     large as the tables, and do not fit into the pieces."""
-    if torch.cuda.is_available() and not any(part.optimizer.state for part in _parts(optimizer) if part.optimizer):
+    if torch.cuda.is_available() and not any(
+        part.optimizer.state for part in optimizer_parts(optimizer) if part.optimizer
+    ):
         torch.cuda.empty_cache()
 
 
@@ -65,7 +68,3 @@ def _holder(gradient: torch.Tensor) -> torch.nn.Parameter:
     holder = torch.nn.Parameter(gradient, requires_grad=False)
     holder.grad = gradient
     return holder
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
