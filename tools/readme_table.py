@@ -122,6 +122,8 @@ def speed(folder: Path) -> str:
         if OURS in recipes and MOE in recipes and "gpu_busy_ms" in cases[OURS]:
             parts.append(f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n")
             parts.append(_speed_table(recipes, cases) + "\n" + _ratios(cases) + "\n" + _ways_of_the_moe(cases))
+            shown = {*recipes, *(case for case in cases if case.startswith(f"{MOE}/"))}
+            parts[-1] += _measured_before(content, shown)
     return "\n".join(parts) or "Not measured yet.\n"
 
 
@@ -258,7 +260,8 @@ def scaling(folder: Path) -> str:
             )
             lines.append(f"| {names} | " + " | ".join(cells) + " |")
         head = f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n"
-        parts.append(head + "\n".join(lines) + "\n" + _unfit(cases) + _measured_before(content))
+        parts.append(head + "\n".join(lines) + "\n" + _unfit(cases))
+        parts[-1] += _measured_before(content, {case for case, own in cases.items() if "step_ms" in own})
     return "\n".join(parts) or "Not measured yet.\n"
 
 
@@ -268,9 +271,8 @@ def _unfit(cases: Cases) -> str:
     return f"\nNot run, as the planner says that they do not fit a GPU: {', '.join(sorted(found))}.\n" if found else ""
 
 
-def _measured_before(content: dict[str, Any]) -> str:
-    """Which cases are not of the commit that the table is headed with."""
-    shown = {row["case"] for row in content["rows"] if row["metric"] == "step_ms"}
+def _measured_before(content: dict[str, Any], shown: set[str]) -> str:
+    """Which of the cases shown are not of the commit that the table is headed with."""
     lines = [
         f"\nMeasured before, at commit {call['commit']}: {', '.join(f'`{case}`' for case in sorted(own))}.\n"
         for call in content.get("earlier", ())
