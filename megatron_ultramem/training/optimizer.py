@@ -70,7 +70,8 @@ def _stream_of_ddp(config: Config) -> Iterator[None]:
 @contextmanager
 def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     """Waits for parameters that are still on their way: gathered while the next forward pass runs, whose hooks it keeps
-    out of what is not a training step, or updated by the host."""
+    out of what is not a training step, or updated by the host. The next forward pass gathers them again: they may have
+    been loaded within, and only then does Megatron derive the transposes of weights that are FP8 alone."""
     for pool in value_pools(chunks):
         pool.settle()
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
@@ -81,12 +82,16 @@ def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     finally:
         for chunk in overlapped:
             chunk.enable_forward_pre_hook()
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_dispatched = False  # as the reduction of gradients leaves it
 
 
 @torch.no_grad()
 def weights_from_masters(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Makes the weights anew from the distributed optimizer's fp32 masters, as it does at the end of a step. Weights in
-    FP8 alone are saved as the bf16 numbers next to them, of which other scales come out. Collective."""
+    FP8 alone are saved as the bf16 numbers next to them, of which other scales come out. Collective.
+
+    With `parallel.overlap_param_gather`: before the first forward, or within `whole_parameters`."""
     for part in optimizer_parts(optimizer):
         part._copy_main_params_to_model_params()
     for chunk in chunks:

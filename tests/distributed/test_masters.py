@@ -18,6 +18,18 @@ CASES = {
 }
 
 
+def step_after(overrides: list[str], loses_weights: bool) -> float:
+    """Loss of a second step, before which weights were lost and made anew as a checkpoint is loaded, or not."""
+    run = set_up(load_config(None, overrides))
+    train_step(run)
+    if loses_weights:
+        with whole_parameters(run.chunks), torch.no_grad():
+            for param in run.model[0].parameters():
+                param.zero_()
+            weights_from_masters(run.chunks, run.optimizer)
+    return train_step(run)["loss"]
+
+
 def made_anew(overrides: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Every parameter after a step, and after it was lost and made anew."""
     run = set_up(load_config(None, overrides))
@@ -36,3 +48,11 @@ def test_weights_are_those_of_the_last_step(pool: WorkerPool, small_run: list[st
     for params in pool.run(2, made_anew, [*small_run, "train.precision=bf16", *CASES[case]]):
         for name, (found, known) in params.items():
             assert torch.equal(found, known), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_with_weights_made_anew_is_the_one_with_those_it_had(
+    pool: WorkerPool, small_run: list[str], case: str
+) -> None:
+    settings = [*small_run, "train.precision=bf16", *CASES[case]]
+    assert pool.run(2, step_after, settings, True) == pool.run(2, step_after, settings, False)
