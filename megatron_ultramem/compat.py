@@ -44,11 +44,11 @@ def module_slot(module: type, **params: Any) -> Any:
     return functools.partial(module, **params) if BUILDERS else ModuleSpec(module=module, params=params)
 
 
-def dense_mlp_slot(submodules: MLPSubmodules) -> Any:
-    """The `mlp` field for Megatron's dense MLP."""
+def dense_mlp_slot(submodules: MLPSubmodules, kind: type[MLP] = MLP) -> Any:
+    """The `mlp` field for Megatron's dense MLP, or a kind of it."""
     if BUILDERS:
-        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)
+        return functools.partial(kind.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=kind, submodules=submodules)
 
 
 def build_ffn(slot: Any, config: Any, pg_collection: ProcessGroupCollection, is_mtp_layer: bool) -> torch.nn.Module:
@@ -56,7 +56,7 @@ def build_ffn(slot: Any, config: Any, pg_collection: ProcessGroupCollection, is_
     if not isinstance(slot, ModuleSpec):
         built: torch.nn.Module = slot(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         return built
-    groups = {"tp_group": pg_collection.tp} if slot.module is MLP else {"pg_collection": pg_collection}
+    groups = {"tp_group": pg_collection.tp} if issubclass(slot.module, MLP) else {"pg_collection": pg_collection}
     module: torch.nn.Module = build_module(slot, config=config, **groups)
     return module
 

@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +29,7 @@ from megatron_ultramem.memory.kinds import replaces_ffn
 from megatron_ultramem.memory.tables import ValuePool
 from megatron_ultramem.model.feed_forward import FeedForwardWithMemory, Joint
 from megatron_ultramem.model.fp8 import fp8_checkpoint, fp8_linear
+from megatron_ultramem.model.fp8_ffn import Fp8FFN
 from megatron_ultramem.model.norm import AllHeadsRMSNorm, KernelRMSNorm, RMSNorm
 
 
@@ -101,7 +102,8 @@ def _layer_spec(config: Config, backend: str, *, moe: bool, grouped_gemm: bool, 
         # Memory reads the normalised input too, so the norm must not be fused into the FFN's first linear.
         sub.pre_mlp_layernorm = norm
         sub.mlp = dense_mlp_slot(
-            MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+            MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()),
+            Fp8FFN if config.train.fp8.recipe == "tensorwise" else MLP,
         )
     if config.data.mask_document_boundaries and backend == "local":
         # The mask that comes with the batch is then causal within documents.
