@@ -113,7 +113,7 @@ def _ablations(args: argparse.Namespace, presets: list[str]) -> list[tuple[str, 
     if not args.ablate:
         return []
     loaded = {preset: _load(args, ABLATION_STEPS, f"preset={preset}") for preset in presets}
-    parts = {preset: [*graph_settings(config), *preset_settings(config)] for preset, config in loaded.items()}
+    parts = {preset: [*graph_settings(config, {}), *preset_settings(config)] for preset, config in loaded.items()}
     legal = list(dict.fromkeys(name for names in parts.values() for name in names))
     wanted = args.ablated.split(",") if args.ablated else legal
     if unknown := [name for name in wanted if name not in legal]:

@@ -38,8 +38,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
 def config_from_dict(tree: dict[str, Any], *, check: bool = True) -> Config:
     """The configuration with the settings of a nested dict on top of the defaults; raises as `load_config`."""
     config = resolve(tree, Config)
-    for defaults in (preset_settings, graph_settings) if config.preset != "none" else ():
-        tree = under(tree, defaults(config))
+    if config.preset != "none":
+        tree = under(tree, preset_settings(config))
+        config = resolve(tree, Config)
+        tree = under(tree, graph_settings(config, tree))
         config = resolve(tree, Config)
     if check:
         validate(config)

@@ -23,7 +23,7 @@ THROUGHPUT: dict[str, Any] = {
     "train.fused_weight_gradients": True,
 }
 FP8: dict[str, Any] = {"train.fp8.recipe": "tensorwise", "model.memory.table_read": "fp8"}  # goes with full graphs
-GRAPHS = "train.cuda_graphs"
+GRAPHS, PROJECTIONS = "train.cuda_graphs", "train.fp8.memory_projections"
 
 
 def preset_settings(config: Config) -> dict[str, Any]:
@@ -36,9 +36,26 @@ def preset_settings(config: Config) -> dict[str, Any]:
     return {**THROUGHPUT, **fp8}
 
 
-def graph_settings(config: Config) -> dict[str, Any]:
-    """The most of CUDA graphs that the settings allow, of which the preset's others are part by now."""
-    return {} if config.preset == "none" else {GRAPHS: _most_graphs(config)}
+def graph_settings(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
+    """The most of CUDA graphs that the settings allow, of which the preset's others are part by now; of memory layers
+    alone with their projections in bf16, if need be.
+
+    Args:
+        tree: a nested dict of what is set and stays.
+    """
+    if config.preset == "none" or _sets(tree, GRAPHS):
+        return {}
+    for graphs in ("full", "memory"):
+        if _is_legal(config, cuda_graphs=graphs):
+            return {GRAPHS: graphs}
+    bf16 = dataclasses.replace(config.train.fp8, memory_projections=False)
+    if (
+        not _sets(tree, PROJECTIONS)
+        and _is_legal(config, cuda_graphs="none")
+        and _is_legal(config, cuda_graphs="memory", fp8=bf16)
+    ):
+        return {GRAPHS: "memory", PROJECTIONS: False}
+    return {GRAPHS: "none"}
 
 
 def under(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -54,12 +71,16 @@ def under(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _most_graphs(config: Config) -> str:
-    for graphs in ("full", "memory"):
-        candidate = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=graphs))
-        try:
-            validate(candidate)
-        except ConfigError:
-            continue
-        return graphs
-    return "none"
+def _sets(tree: dict[str, Any], name: str) -> bool:
+    node: Any = tree
+    for part in name.split("."):
+        node = (node or {}).get(part)
+    return node is not None
+
+
+def _is_legal(config: Config, **train: Any) -> bool:
+    try:
+        validate(dataclasses.replace(config, train=dataclasses.replace(config.train, **train)))
+    except ConfigError:
+        return False
+    return True

@@ -39,8 +39,9 @@ class Config:
 
     preset: str = setting(
         "none",
-        "throughput: other defaults for settings that cost nothing but speed (config/presets.py); throughput_fp8: FP8 "
-        "matrix products and tables read in FP8 beside them; what is set in the file or on the command line stays.",
+        "throughput: other defaults for settings that change nothing but speed and rounding (config/presets.py); "
+        "throughput_fp8: FP8 matrix products and tables read in FP8 beside them; what is set in the file or on the "
+        "command line stays.",
         choices=("none", "throughput", "throughput_fp8"),
     )
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "The transformer."})

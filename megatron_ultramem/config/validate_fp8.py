@@ -28,6 +28,8 @@ def validate_fp8(config: Config) -> None:
     """Raises ConfigError for the first setting or size that FP8 matrix products do not go with."""
     fp8 = config.train.fp8
     if fp8.recipe == "none":
+        if fp8.param_gather:
+            raise ConfigError("train.fp8.param_gather = true would be ignored by recipe = none; legal: false")
         return
     _refuse_ignored(fp8)
     if config.train.precision != "bf16":
@@ -36,6 +38,11 @@ def validate_fp8(config: Config) -> None:
         raise _refusal(fp8, "model.backend", "local", "transformer_engine or auto")
     if fp8.param_gather and not config.parallel.distributed_optimizer:
         raise ConfigError("train.fp8.param_gather = true needs parallel.distributed_optimizer = true; legal: false")
+    if fp8.param_gather and config.checkpoint.load != "none" and not config.checkpoint.load_optimizer:
+        raise ConfigError(
+            "train.fp8.param_gather = true with checkpoint.load_optimizer = false: the optimizer would begin with "
+            "weights rounded to FP8; legal: param_gather = false, or load_optimizer = true"
+        )
     _check_bf16_layers(config)
     if fp8.memory_projections and _memory_layers(config):
         for name, value in (

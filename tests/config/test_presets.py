@@ -15,7 +15,6 @@ from megatron_ultramem.inference.settings import inference_config
 from megatron_ultramem.platform import Platform, resolve_backend
 
 PRESET, FP8_PRESET = "preset=throughput", "preset=throughput_fp8"
-FP8_SIZES: list[str] = []
 
 
 def test_a_preset_sets_what_is_not_set_and_nothing_else(tmp_path: Path) -> None:
@@ -33,9 +32,8 @@ def test_a_preset_sets_what_is_not_set_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_preset_for_fp8_is_that_for_throughput_in_fp8() -> None:
     fast = {name: value for name, value, _ in walk(load_config(None, [PRESET]))}
-    fp8 = {name: value for name, value, _ in walk(load_config(None, [FP8_PRESET, *FP8_SIZES]))}
-    sizes = {size.split("=")[0] for size in FP8_SIZES}
-    assert {name: value for name, value in fp8.items() if value != fast[name] and name not in sizes} == {
+    fp8 = {name: value for name, value, _ in walk(load_config(None, [FP8_PRESET]))}
+    assert {name: value for name, value in fp8.items() if value != fast[name]} == {
         "preset": "throughput_fp8",
         "train.fp8.recipe": "tensorwise",
         "model.memory.table_read": "fp8",
@@ -43,18 +41,18 @@ def test_the_preset_for_fp8_is_that_for_throughput_in_fp8() -> None:
 
 
 def test_the_preset_for_fp8_leaves_what_is_set_and_what_is_not_there() -> None:
-    assert load_config(None, [FP8_PRESET, *FP8_SIZES, "train.fp8.recipe=blockwise"]).train.fp8.recipe == "blockwise"
+    assert load_config(None, [FP8_PRESET, "train.fp8.recipe=blockwise"]).train.fp8.recipe == "blockwise"
     kept = load_config(None, [FP8_PRESET, "train.fp8.recipe=none"])
     assert (kept.train.fp8.recipe, kept.model.memory.table_read, kept.train.cuda_graphs) == ("none", "fp8", "full")
-    delayed = load_config(None, [FP8_PRESET, *FP8_SIZES, "train.fp8.recipe=delayed"])
-    assert delayed.train.cuda_graphs == "none"
-    dense = load_config(None, [FP8_PRESET, *FP8_SIZES, "model.memory.layers=none"])
+    delayed = load_config(None, [FP8_PRESET, "train.fp8.recipe=delayed"])
+    assert (delayed.train.cuda_graphs, delayed.train.fp8.memory_projections) == ("memory", False)
+    dense = load_config(None, [FP8_PRESET, "model.memory.layers=none"])
     assert (dense.train.fp8.recipe, dense.model.memory.table_read) == ("tensorwise", "params")
 
 
 def test_sizes_that_fp8_cannot_take_are_named_under_the_preset_too() -> None:
     with pytest.raises(ConfigError, match=r"queries of a memory layer = \d+ .* not a multiple of 16"):
-        load_config(None, [FP8_PRESET, *FP8_SIZES, "model.memory.key_dim=6"])
+        load_config(None, [FP8_PRESET, "model.memory.key_dim=6"])
 
 
 @pytest.mark.parametrize(
@@ -79,8 +77,40 @@ def test_it_records_as_much_as_the_settings_allow(settings: list[str], graphs: s
     assert load_config(None, [PRESET, *settings]).train.cuda_graphs == graphs
 
 
-def test_a_saved_preset_loads_equal(tmp_path: Path) -> None:
-    config = load_config(None, [PRESET, "train.norms=backend"])
+@pytest.mark.parametrize(
+    ("settings", "graphs", "projections"),
+    [
+        ([], "full", True),
+        (["data.mask_document_boundaries=true"], "memory", False),
+        (["parallel.tensor_parallel_size=2", "model.hidden_dropout=0.1"], "memory", False),
+        (["parallel.context_parallel_size=2"], "memory", False),
+        (["parallel.context_parallel_size=2", "train.fp8.memory_projections=true"], "none", True),
+        (["parallel.context_parallel_size=2", "train.cuda_graphs=none"], "none", True),
+        (["parallel.context_parallel_size=2", "model.memory.kind=memory_plus"], "none", True),
+        (["parallel.context_parallel_size=2", "model.memory.layers=none"], "none", True),
+    ],
+    ids=str,
+)
+def test_memory_projections_stay_in_bf16_where_memory_layers_alone_are_recorded(
+    settings: list[str], graphs: str, projections: bool
+) -> None:
+    train = load_config(None, [FP8_PRESET, *settings]).train
+    assert (train.cuda_graphs, train.fp8.memory_projections) == (graphs, projections)
+
+
+def test_what_fp8_projections_do_not_go_with_is_named_under_the_preset_too() -> None:
+    settings = [
+        "parallel.memory_parallel_size=2",
+        "parallel.memory_placement=columns",
+        "parallel.overlap_exchange=true",
+    ]
+    with pytest.raises(ConfigError, match="parallel.overlap_exchange with FP8 projections"):
+        load_config(None, [FP8_PRESET, *settings])
+
+
+@pytest.mark.parametrize("settings", [[PRESET], [FP8_PRESET, "data.mask_document_boundaries=true"]], ids=str)
+def test_a_saved_preset_loads_equal(tmp_path: Path, settings: list[str]) -> None:
+    config = load_config(None, [*settings, "train.norms=backend"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

@@ -63,6 +63,14 @@ def test_the_default_model_takes_every_recipe(recipe: str) -> None:
             ["parallel.overlap_exchange", "memory_projections = false"],
         ),
         (["train.fp8.param_gather=true", "parallel.distributed_optimizer=false"], ["param_gather = true needs"]),
+        (
+            ["train.fp8.recipe=none", "train.fp8.param_gather=true"],
+            ["train.fp8.param_gather = true would be ignored by recipe = none; legal: false"],
+        ),
+        (
+            ["train.fp8.param_gather=true", "checkpoint.load_optimizer=false"],
+            ["train.fp8.param_gather = true with checkpoint.load_optimizer = false", "legal: param_gather = false, or"],
+        ),
     ],
 )
 def test_what_does_not_go_with_fp8_is_refused(overrides: list[str], named: list[str]) -> None:

@@ -25,6 +25,7 @@ STATIC_ROWS = [P2, ROWS, f"{STATIC}=2"]
 MOE = ["model.moe.layers=all", "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=32"]
 SETTINGS = {
     "memory": (1, MEMORY, LOSSES),
+    "memory_fp8": (1, MEMORY, [*FP8, "train.fp8.memory_projections=false", "model.memory.table_read=fp8"]),
     "memory_columns_overlap": (2, MEMORY, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "memory_rows_overlap": (2, MEMORY, [*STATIC_ROWS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "layers_dense": (1, LAYERS, ["model.memory.layers=none"]),
