@@ -19,6 +19,7 @@ import megatron.core
 import torch
 from megatron.core import dist_checkpointing, parallel_state, safe_globals
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.inference import utils as inference_utils
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -121,6 +122,23 @@ def forget_moe_losses(*, in_place: bool = False) -> None:
 
         clear, renew = moe_utils.clear_aux_losses_tracker, moe_utils.get_moe_layer_wise_logging_tracker().clear
     clear() if in_place else renew()
+
+
+def finalize_gradients(chunks: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """Reduces the gradients of wrapped model chunks as Megatron does, and divides them by the number of tokens of all
+    ranks. 0.16 looks at that number first, for which the host would wait. Collective.
+
+    Args:
+        num_tokens: int [], of this rank; counts on the last pipeline stage. None: nothing is divided.
+    """
+    finalize_model_grads(chunks, None, **options)
+    if num_tokens is None:
+        return
+    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(num_tokens, last_stage, parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def start_save(state: dict[str, Any], folder: Path, content: dict[str, Any]) -> AsyncRequest:

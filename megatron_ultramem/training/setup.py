@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from megatron.core import num_microbatches_calculator as batch_size
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ultramem.compat import finalize_gradients
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.config.validate import validate_world
 from megatron_ultramem.errors import ConfigError
@@ -148,7 +149,7 @@ def _connect(
 
     def finish_gradients(*args: Any, **kwargs: Any) -> None:
         with spans.measure(GRAD_SYNC):
-            finalize_model_grads(*args, **kwargs)
+            finalize_gradients(*args, **kwargs)
 
     megatron_config.grad_scale_func = optimizer.scale_loss
     megatron_config.finalize_model_grads_func = finish_gradients
