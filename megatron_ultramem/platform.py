@@ -115,6 +115,12 @@ def _check_speed(config: Config, backend: str, platform: Platform) -> None:
     train, preset = config.train, "" if config.preset == "none" else f" (preset = {config.preset} may have set it)"
     if train.cuda_graphs != "none" and not platform.is_cuda:
         raise ConfigError(f"train.cuda_graphs = {train.cuda_graphs}{preset}: there is no GPU; legal here: none")
+    if train.cuda_graphs != "none" and (name := _moving_memory()):
+        raise ConfigError(
+            f"train.cuda_graphs = {train.cuda_graphs}{preset} with {name} = {os.environ[name]} in the environment: "
+            "NCCL would register memory of the graphs, which may be mapped elsewhere later; legal: "
+            "NCCL_GRAPH_REGISTER = 0 beside it, or cuda_graphs = none"
+        )
     if config.parallel.overlap_exchange and not platform.is_cuda:
         raise ConfigError("parallel.overlap_exchange = true: there is no GPU; legal here: false")
     for name, value, legal in (
@@ -127,6 +133,14 @@ def _check_speed(config: Config, backend: str, platform: Platform) -> None:
                 f"train.{name} = {str(value).lower()}{preset} needs Transformer Engine, but the back end is local; "
                 f"legal: {' or '.join(str(one).lower() for one in legal)}"
             )
+
+
+def _moving_memory() -> str:
+    """The variable that makes torch map memory as it is needed while NCCL registers that of graphs; '' if none does."""
+    if os.environ.get("NCCL_GRAPH_REGISTER") == "0":
+        return ""
+    allocator = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return next((name for name in allocator if "expandable_segments:True" in os.environ.get(name, "")), "")
 
 
 def _check_moe(moe: MoEConfig, backend: str, platform: Platform) -> None:

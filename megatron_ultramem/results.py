@@ -90,8 +90,15 @@ def write_results(
         "rows": kept + [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     return path
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replaces a results file; a process that is ended meanwhile leaves the file that was there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
 
 
 def _earlier(before: dict[str, Any], cases: list[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,9 @@ from typing import Any
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # for the other ranks, after one has failed, to say why
 SHOWN_LINES = 25  # of what a job that failed has printed
+# What torch's C++ says when other ranks are gone, and from where in it.
+NOISE = re.compile(r"(\[rank\d+\]:)?\[[IW]\d{4} |Exception raised from |frame #\d+: ")
+ERROR = re.compile(r"(\[rank\d+\]:\s*)?([\w.]*Error|error)\b")
 
 
 @dataclass(eq=False)
@@ -99,8 +103,12 @@ class Job:
             process.wait()
 
     def last_words(self) -> str:
+        """The end of what its ranks have printed, and before it their first error if that is further up."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-SHOWN_LINES:])
+        lines = [line for line in text.splitlines() if line.strip() and not NOISE.match(line)]
+        earlier, last = lines[:-SHOWN_LINES], lines[-SHOWN_LINES:]
+        first = next((line for line in earlier if ERROR.match(line)), None)
+        return "\n".join(last if first is None else [first, "...", *last])
 
 
 def wait_for_turn() -> None:

@@ -27,6 +27,22 @@ def test_cases_of_earlier_calls_keep_their_origin(tmp_path: Path, monkeypatch: p
     assert "earlier" not in measure("four", "w", "x", "y", "z")
 
 
+def test_a_write_that_is_cut_off_leaves_the_results_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_results(tmp_path, "b", [Row("x", "ms", 1.0, "ms")])
+    before = path.read_text()
+
+    def half(written: Path, text: str) -> None:
+        written.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        write_results(tmp_path, "b", [Row("y", "ms", 1.0, "ms")])
+    assert path.read_text() == before
+
+
 def test_figures_of_earlier_calls_that_are_derived_anew_keep_their_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,28 +4,30 @@ of each figure.
 
     python tools/bench_scaling.py data.paths='[data/corpus]'
 
-Weak scaling: every rank has the same number of micro-batches, however many ranks there are. Every case is a run of its
-own, `<recipe>/<way>_x<ranks>`, in the order of importance, so that `--seconds` may cut off the rest. Cases that leave
-GPUs free run beside each other, each on GPUs of its own; they share the host's cores and the links' switch. Ways share
-tables (MoE: experts) among all ranks of a pipeline stage. On one rank there is nothing to place, and `auto` comes to
-rows or columns: a case whose settings are those of another is not run again, and has its figures.
+Weak scaling: a step has four micro-batches for every rank; ranks that split a model have twice as many, of half the
+work each. Every case is a run of its own, `<recipe>/<way>_x<ranks>`, in the order of importance, so that `--seconds`
+may cut off the rest. Cases that leave GPUs free run beside each other, each on GPUs of its own; they share the host's
+cores and the links' switch. Ways share tables (MoE: experts) among all ranks of a pipeline stage. On one rank there is
+nothing to place, and `auto` comes to rows or columns: a case whose settings are those of another is not run again, and
+has its figures. Some ways set variables of the environment; one that is set already stays as it is.
 
 The 1B/7B recipes fit one GPU of 141 GB (128 GiB with the whole optimizer), so their efficiency is against one rank. Of
 2.5B/120B not even the first four layers, which share tables, do: `cut` has as many layers as fit on these ranks, and
-`cut_of_2` as many as fit on two, whose efficiency is against two.
+`cut_of_2` as many as fit on two, whose efficiency is against two. A model split by TP or PP has no case on one rank: it
+is against the whole one there.
 
 Rows (benchmarks/results/scaling_<hardware>.json):
   tokens_per_s                 forward and backward with the reduction of gradients, all ranks together
   tokens_per_s_with_optimizer  whole steps
   tokens_per_s_spread_percent, step_ms_spread_percent  the slowest of the measured times less the fastest, in % of their
                                median, of which the speed is
-  scaling_efficiency_percent   of tokens_per_s, against the same way on the fewest ranks
+  scaling_efficiency_percent   of tokens_per_s; the unit says against what
   step_scaling_efficiency_percent  of whole steps, where more ranks also divide the optimizer's work
-  times_the_moe                tokens_per_s over the fastest way of the MoE with as many ranks, in whatever precision
-                               either of them is
+  times_the_moe, step_times_the_moe  tokens_per_s, and that of whole steps, over the fastest way of the MoE with as many
+                               ranks, in whatever precision either of them is
   exchange_mb, exchange_gb_s, exchange_hidden_percent   of the memory exchange, without pipeline
-  step_ms, peak_gib, gpu_busy_ms, and what the planner says: predicted_step_ms, predicted_peak_gib, step_error_percent,
-                               peak_error_percent
+  step_ms, peak_gib (of the fullest rank), gpu_busy_ms (of rank 0), and what the planner says: predicted_step_ms,
+                               predicted_peak_gib, step_error_percent, peak_error_percent
   layers                       of a model that is cut
   fits                         0 where the planner says that a rank's memory is too small: not run
 
@@ -51,21 +53,22 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError, UserError, exit_status
 from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.planning.scaling import (
-    MICRO_BATCHES,
     Planned,
     beside_the_plan,
     cases,
-    compared,
     plan_of,
     predicted_again,
 )
+from megatron_ultramem.planning.scaling_ratios import compared
 from megatron_ultramem.planning.this_machine import cluster_of_this_machine
 from megatron_ultramem.quiet import quiet_dependencies
-from megatron_ultramem.results import Row, commit, results_path, write_results
+from megatron_ultramem.results import Row, commit, results_path, write_json, write_results
 from megatron_ultramem.side_by_side import Job, dealt, gpu_names, run_jobs, wait_for_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS, MEASURED_STEPS = 3, 5
+# NVLink multicast is not for machines that others share; what C++ says of ranks that were ended hides why they were.
+QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,7 +166,7 @@ def again(args: argparse.Namespace) -> None:
         raise UserError(f"--again {path}: there is no such file; legal: results of this benchmark")
     rows = compared(predicted_again(rows, args.recipes, cluster))
     content = json.loads(path.read_text()) | {"rows": [row.__dict__ for row in rows], "predicted_at": commit()}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     _show(rows)
 
 
@@ -197,8 +200,10 @@ def _job(args: argparse.Namespace, planned: Planned, folder: Path, places: int) 
         sys.executable, __file__, f"--child={case.name}", f"--recipes={args.recipes}",
         f"--output={log.with_suffix('.json')}", f"train.run_dir={log.with_suffix('')}", *planned.settings,
     ]  # fmt: skip
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // places))}
-    return Job(case.name, command, case.ranks, log, dict(case.way.environment) | threads)
+    defaults = QUIET | dict(case.way.environment)
+    environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // places))
+    return Job(case.name, command, case.ranks, log, environment)
 
 
 def _child(args: argparse.Namespace) -> None:
@@ -246,6 +251,8 @@ class Clock:
 
 def measure(config: Config, case: str, clock: Clock) -> list[Row]:
     """One case on this rank, whose process groups are left open."""
+    from megatron.core import parallel_state
+
     from megatron_ultramem.model.build import value_pools
     from megatron_ultramem.training.exchange_figures import exchange_rows
     from megatron_ultramem.training.loop import train_step
@@ -258,12 +265,16 @@ def measure(config: Config, case: str, clock: Clock) -> list[Row]:
         train_step(run)
     clock.lap("warm-up")
     step = timing(run, lambda: train_step(run), MEASURED_STEPS)
-    forward_backward = timing(run, lambda: forward_backward_only(run, MICRO_BATCHES), MEASURED_STEPS)
+    train = config.train
+    count = train.global_batch_size // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+    forward_backward = timing(run, lambda: forward_backward_only(run, count), MEASURED_STEPS)
     clock.lap("measuring")
-    tokens = config.train.global_batch_size * config.data.sequence_length
+    tokens = train.global_batch_size * config.data.sequence_length
     rows = speed_rows(case, tokens, step=step, forward_backward=forward_backward)
     if run.platform.is_cuda:
-        rows.append(Row(case, "peak_gib", torch.cuda.max_memory_allocated() / GIB, "GiB"))
+        peak = torch.tensor(torch.cuda.max_memory_allocated(), device=run.platform.device)
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+        rows.append(Row(case, "peak_gib", peak.item() / GIB, "GiB"))
         pools = value_pools(run.model)
         traffic = getattr(pools[0].placement, "traffic", None) if pools else None
         if traffic is not None:

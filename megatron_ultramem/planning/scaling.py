@@ -1,5 +1,5 @@
-"""What tools/bench_scaling.py runs: recipes in several ways on growing numbers of ranks, most important first, what the
-planner says of each, and what follows from several of them."""
+"""What tools/bench_scaling.py runs: recipes in several ways on growing numbers of ranks, most important first, and what
+the planner says of each."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluste
 from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.results import Row
 
-MICRO_BATCHES = 4  # of a rank, per step
+MICRO_BATCHES = 4  # for every rank, per step; ranks that split a model have twice as many, of half the work each
 STEPS = 12  # of the schedule and the data: more than are taken
 FAST = "preset=throughput"
 FP8 = "preset=throughput_fp8"  # products and tables
+FP8_PRODUCTS = "train.fp8.recipe=tensorwise"  # of which the tables' copies need no room
 TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
 PLACEMENT = "parallel.memory_placement="
 ALL_FIT = "parallel.exchange_capacity=1e9"  # static sizes, which CUDA graphs need
@@ -30,7 +31,11 @@ ROUTER, ALLGATHER = "model.moe.router_fusion=true", "model.moe.dispatcher=allgat
 GRAPHS = ("train.cuda_graphs=layers", "train.fused_weight_gradients=false")
 # The experts' sizes follow the router, and no two micro-batches ask for the same: without it memory falls to pieces.
 SEGMENTS = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Graphs beside it: NCCL would register their memory, which may be mapped elsewhere later.
+UNREGISTERED = ("NCCL_GRAPH_REGISTER", "0")
 CUTLASS = ("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")  # one launch for all experts, where cuBLAS has one for each
+# Tables that fill a GPU: their moments do not fit into pieces that the first backward pass leaves.
+NO_PIECES = (SEGMENTS, UNREGISTERED)
 
 
 @dataclass(frozen=True)
@@ -69,25 +74,25 @@ WAYS = [  # most important first
     Way(MOE, "moe", (FAST, ROUTER), (SEGMENTS,), step_down=8),
     Way(MOE, "moe_cutlass", (FAST, ROUTER), (SEGMENTS, CUTLASS)),
     Way(MEMORY, "columns_fp8", (FP8, COLUMNS), step_down=2),
-    Way(LARGE, "cut_columns", (FAST, COLUMNS), cut=0, step_down=1),
+    Way(LARGE, "cut_columns", (FAST, COLUMNS), NO_PIECES, cut=0, step_down=1),
     Way(MEMORY, "columns_tp2", (FAST, COLUMNS, TP2)),
     Way(MEMORY, "columns_pp2", (FAST, COLUMNS, PP2)),
     Way(MEMORY, "rows", (FAST, ROWS, ALL_FIT)),
     Way(MEMORY, "auto", (FAST, AUTO)),
+    Way(MOE, "moe_graphs_cutlass", (FAST, ROUTER, *GRAPHS), (SEGMENTS, CUTLASS, UNREGISTERED)),
+    Way(LARGE, "cut_columns_fp8", (FP8, COLUMNS), NO_PIECES, cut=0),
+    Way(LARGE, "cut_columns_fp8_products", (FAST, COLUMNS, FP8_PRODUCTS), NO_PIECES, cut=0),
+    Way(LARGE, "cut_columns_tp2", (FAST, COLUMNS, TP2), NO_PIECES, cut=0),
+    Way(LARGE, "cut_columns_pp2", (FAST, COLUMNS, PP2), NO_PIECES, cut=0),
+    Way(LARGE, "cut_rows", (FAST, ROWS, ALL_FIT), NO_PIECES, cut=0),
+    Way(LARGE, "cut_auto", (FAST, AUTO), NO_PIECES, cut=0),
     Way(MOE, "moe_fp8", (FP8, ROUTER), (SEGMENTS,)),
-    Way(LARGE, "cut_columns_fp8", (FP8, COLUMNS), cut=0),
-    Way(LARGE, "cut_columns_tp2", (FAST, COLUMNS, TP2), cut=0),
-    Way(LARGE, "cut_columns_pp2", (FAST, COLUMNS, PP2), cut=0),
-    Way(LARGE, "cut_rows", (FAST, ROWS, ALL_FIT), cut=0),
-    Way(LARGE, "cut_auto", (FAST, AUTO), cut=0),
-    Way(LARGE, "cut_of_2_columns", (FAST, COLUMNS), cut=2),
+    Way(LARGE, "cut_of_2_columns", (FAST, COLUMNS), NO_PIECES, cut=2),
     Way(MOE, "moe_allgather_cutlass", (FAST, ROUTER, ALLGATHER), (SEGMENTS, CUTLASS)),
-    Way(MOE, "moe_graphs_cutlass", (FAST, ROUTER, *GRAPHS), (SEGMENTS, CUTLASS)),
     Way(MOE, "moe_pp2", (FAST, ROUTER, PP2), (SEGMENTS,)),
     Way(MOE, "moe_tp2", (FAST, ROUTER, TP2), (SEGMENTS,)),
 ]  # fmt: skip
 PREDICTED = ("predicted_step_ms", "predicted_peak_gib", "step_error_percent", "peak_error_percent")
-COMPARED = ("scaling_efficiency_percent", "step_scaling_efficiency_percent", "times_the_moe")
 UNUSED_DATA = "data.paths=[unused]"  # a plan reads none
 
 
@@ -103,14 +108,13 @@ class Case:
     def settings(self, recipes: Path, overrides: Sequence[str]) -> list[str]:
         """All that is set on top of the recipe, but for layers."""
         way = list(self.way.settings)
-        replicas = self.ranks // (2 if self.way.halves else 1)
         shared = self.ranks // (2 if PP2 in way else 1)
         if shared == 1:  # nothing to place
             way = [one for one in way if not one.startswith(PLACEMENT) and one not in (ALL_FIT, BESIDE_FFN)]
         micro = _recipe(self.path(recipes), tuple(overrides)).train.micro_batch_size
         return [
             *overrides, *way, f"{SHARED_BY[self.way.recipe]}={shared}",
-            f"train.global_batch_size={micro * MICRO_BATCHES * replicas}",
+            f"train.global_batch_size={micro * MICRO_BATCHES * self.ranks}",
             f"train.steps={STEPS}", "schedule.warmup_steps=1",
             "schedule.decay_steps=null", "train.eval_steps=0", "checkpoint.load=none", "train.rampup_batch_size=[]",
         ]  # fmt: skip
@@ -231,29 +235,3 @@ def evaluate(config: Config, ranks: int, cluster: Cluster) -> Evaluation:
     if problem := evaluator.problem(planned, ranks):
         raise ConfigError(problem)
     return evaluator.evaluate(planned, ranks)
-
-
-def compared(rows: Sequence[Row]) -> list[Row]:
-    """The rows with the scaling efficiency of every case, and its speed over the MoE's."""
-    rows = [row for row in rows if row.metric not in COMPARED]
-    values = {(row.case, row.metric): row.value for row in rows}
-    parts = {case: (case.rpartition("_x")[0], int(case.rpartition("_x")[2])) for case, _ in values}
-    own_layers = {f"{way.recipe}/{way.name}" for way in WAYS if way.cut == 0}
-    found = list(rows)
-    for case, (way, ranks) in parts.items():
-        for metric, name in (
-            ("tokens_per_s", "scaling_efficiency_percent"),
-            ("tokens_per_s_with_optimizer", "step_scaling_efficiency_percent"),
-        ):
-            known = {parts[other][1] for other, one in values if one == metric and parts[other][0] == way}
-            if (case, metric) in values and ranks > min(known) and way not in own_layers:
-                ideal = values[f"{way}_x{min(known)}", metric] * ranks / min(known)
-                found.append(Row(case, name, 100 * values[case, metric] / ideal, f"% of x{min(known)}"))
-        moe = [
-            values[other, "tokens_per_s"]
-            for other, (name, count) in parts.items()
-            if name.startswith(MOE) and count == ranks and (other, "tokens_per_s") in values
-        ]
-        if moe and way.startswith(MEMORY) and (case, "tokens_per_s") in values:
-            found.append(Row(case, "times_the_moe", values[case, "tokens_per_s"] / max(moe), "x"))
-    return found

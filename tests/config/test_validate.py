@@ -134,3 +134,20 @@ def test_an_exchange_beside_the_ffn_is_refused_without_a_gpu() -> None:
     config = load_config(None, ["parallel.memory_parallel_size=2", "parallel.overlap_exchange=true"])
     with pytest.raises(ConfigError, match="parallel.overlap_exchange = true: there is no GPU; legal here: false"):
         resolve_backend(config, Platform(torch.device("cpu"), "gloo"))
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_graphs_in_memory_that_moves_are_refused_while_nccl_registers_it(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    gpu = Platform(torch.device("cuda", 0), "nccl")
+    recorded = load_config(None, ["train.cuda_graphs=memory", "model.backend=local"])
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_GRAPH_REGISTER"):
+        monkeypatch.delenv(name, raising=False)
+    assert resolve_backend(recorded, gpu) == "local"
+    monkeypatch.setenv(variable, "max_split_size_mb:512,expandable_segments:True")
+    with pytest.raises(ConfigError, match=f"train.cuda_graphs = memory with {variable} = .*NCCL_GRAPH_REGISTER = 0"):
+        resolve_backend(recorded, gpu)
+    assert resolve_backend(load_config(None, ["model.backend=local"]), gpu) == "local"
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    assert resolve_backend(recorded, gpu) == "local"

@@ -46,12 +46,25 @@ def test_it_measures_on_ranks_of_its_own(
     for recipe, model in ((scaling.MEMORY, MEMORY), (scaling.MOE, MOE), (scaling.LARGE, MEMORY)):
         (tmp_path / f"{recipe}.yaml").write_text(TINY.format(model=model))
     options = [f"--recipes={tmp_path}", f"--output={tmp_path}", "--cluster=h100", "--ranks=1,2"]
-    options += ["--ways=columns,columns_overlap,columns_tp2,moe,moe_tp2,cut_columns", f"data.paths=[{corpus}]"]
+    options += [
+        "--ways=columns,columns_overlap,columns_tp2,columns_pp2,moe,moe_tp2,cut_columns",
+        f"data.paths=[{corpus}]",
+    ]
     # What the preset and the fusion change is for GPUs; the router's fusion stays, and fails.
     options += ["train.cuda_graphs=none", "train.cross_entropy=megatron", "train.norms=backend"]
     assert tool.main([*options, "train.fused_weight_gradients=false"]) == 0
     (written,) = tmp_path.glob("scaling_*.json")
-    values = {(row["case"], row["metric"]): row["value"] for row in json.loads(written.read_text())["rows"]}
+    rows = json.loads(written.read_text())["rows"]
+    values = {(row["case"], row["metric"]): row["value"] for row in rows}
+    for way, ranks in (("columns", 1), ("columns", 2), ("columns_tp2", 2), ("columns_pp2", 2)):
+        case = f"{scaling.MEMORY}/{way}_x{ranks}"
+        tokens = values[case, "tokens_per_s_with_optimizer"] * values[case, "step_ms"] / 1e3
+        assert tokens == pytest.approx(scaling.MICRO_BATCHES * ranks * 32), case
+    against = {
+        row["case"].partition("/")[2]: row["unit"] for row in rows if row["metric"] == "scaling_efficiency_percent"
+    }
+    assert against["columns_x2"] == "% of x1"
+    assert against["columns_tp2_x2"] == against["columns_pp2_x2"] == "% of columns_x1"
     for case in (f"{scaling.MEMORY}/columns_x1", f"{scaling.MEMORY}/columns_tp2_x2", f"{scaling.LARGE}/cut_columns_x2"):
         assert values[case, "step_ms_spread_percent"] > 0 and values[case, "tokens_per_s_spread_percent"] > 0
         assert values[case, "tokens_per_s"] > 0 and values[case, "predicted_step_ms"] > 0

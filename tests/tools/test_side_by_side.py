@@ -88,6 +88,23 @@ def test_a_job_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path) -> N
     assert not any(_alive(process.pid) for one in jobs for process in one._processes)
 
 
+def test_the_first_error_is_told_however_much_the_other_ranks_said_since(tmp_path: Path) -> None:
+    one = job(tmp_path, "fails", 2)
+    left = [
+        "[rank3]:[W1122 13:21:15.370816252 TCPStore.cpp:125] [c10d] recvValue failed on SocketImpl(fd=66)",
+        "Exception raised from recvBytes at /pytorch/torch/csrc/Utils.hpp:682 (most recent call first):",
+        *(f"frame #{number}: c10::Error::Error(c10::SourceLocation) + 0x9d (0x7f)" for number in range(9)),
+        "",
+    ]
+    traceback = [f'[rank0]:   File "step.py", line {number}, in step' for number in range(9)]
+    reason = "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.55 GiB."
+    one.log.write_text("\n".join(["started", *traceback, reason, *left * 6]))
+    assert one.last_words().splitlines() == ["started", *traceback, reason]
+    one.log.write_text("\n".join([*traceback, reason, *(f"[rank1]: line {number}" for number in range(40))]))
+    said = one.last_words().splitlines()
+    assert said[:2] == [reason, "..."] and said[-1] == "[rank1]: line 39" and len(said) < 30
+
+
 def test_at_the_end_of_the_time_what_runs_is_ended(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "works", 1), job(tmp_path, "goes_on", 1, 60), job(tmp_path, "waits", 2)]
     found = run(jobs, 2, seconds=4)
