@@ -10,29 +10,20 @@ import pytest
 import torch
 
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
-from tests.distributed.test_layouts import MODELS, TP2
+from tests.distributed.test_layouts import MODELS, OVERLAP, TP2
 from tests.distributed.test_memory_parallel import COLUMNS, P2
 from tests.distributed.workers import WorkerPool
 from tests.gpu.fp8_job import experts_job, fp8_job, losses_around_a_change
 from tests.gpu.test_training import BF16, LOCAL, TE, WIDE, two_gpus
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.seconds(8),
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
-    ),
-]
+needs_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
+)
+pytestmark = [pytest.mark.gpu, pytest.mark.seconds(8), needs_fp8]
 STEPS = 4
 FP8_TABLES, GATHER = "model.memory.table_read=fp8", "train.fp8.param_gather=true"
-WIDTHS = [
-    *WIDE,
-    BF16,
-    "model.memory.key_dim=16",
-    "model.memory.value_dim=32",
-    "model.memory.pre_value_dim=32",
-    "train.deterministic=true",
-]
+MEMORY_WIDTHS = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
+WIDTHS = [*WIDE, BF16, *MEMORY_WIDTHS, "train.deterministic=true"]
 MODEL = [*MODELS["block"], *WIDTHS]
 MOE_WITH_MEMORY = [*MODELS["moe_memory_dense"], *WIDTHS, "train.deterministic=false"]
 RECIPES = {
@@ -167,11 +158,38 @@ def test_recorded_weights_become_fp8_once_a_step(gpus: WorkerPool, small_run: li
     assert next_step != first
 
 
+LAYOUTS = {
+    "tp2": (RECIPES["tensorwise"], [TP2]),
+    "columns": ([FP8_TABLES], [P2, COLUMNS]),
+    "dp2_fp8_weights": ([*RECIPES["tensorwise"], GATHER], []),
+}
+
+
 @two_gpus
-@pytest.mark.parametrize("settings", [RECIPES["tensorwise"], [FP8_TABLES, P2, COLUMNS]], ids=["tp2", "columns"])
-def test_two_gpus_train_like_one(gpus: WorkerPool, small_run: list[str], run: Any, settings: list[str]) -> None:  # noqa: F811
-    one = run(TE, *(setting for setting in settings if setting not in (P2, COLUMNS)))
-    layout = settings if P2 in settings else [*settings, TP2]
-    for two in gpus.run(2, fp8_job, [*small_run, *MODEL, TE, *layout], STEPS):
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_two_gpus_train_like_one(gpus: WorkerPool, small_run: list[str], run: Any, case: str) -> None:  # noqa: F811
+    settings, layout = LAYOUTS[case]
+    one = run(TE, *settings)
+    for two in gpus.run(2, fp8_job, [*small_run, *MODEL, TE, *settings, *layout], STEPS):
         np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-2)
         np.testing.assert_allclose(two["valid_loss"], one["valid_loss"], rtol=1e-2)
+
+
+@two_gpus
+def test_weights_in_fp8_alone_resume_bit_by_bit_on_two_gpus(
+    gpus: WorkerPool,
+    small_run: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Those that the forward gathers, after a save too."""
+    settings = [*small_run, *MODEL, TE, *RECIPES["tensorwise"], GATHER, *OVERLAP]
+    plain = gpus.run(2, fp8_job, settings, STEPS)
+    settings += ["checkpoint.load=auto", f"train.run_dir={tmp_path}"]
+    straight = gpus.run(2, fp8_job, settings, STEPS, (STEPS // 2,))
+    resumed = gpus.run(2, fp8_job, settings, STEPS)
+    for before, first, second in zip(plain, straight, resumed, strict=True):
+        assert first["losses"] == before["losses"]
+        assert second["losses"] == first["losses"][STEPS // 2 :]
+        assert second["valid_loss"] == first["valid_loss"] == before["valid_loss"]
+        for name, numbers in first["params"].items():
+            assert np.array_equal(second["params"][name], numbers), name

@@ -8,6 +8,7 @@ from megatron_ultramem.config import load_config
 from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.test_memory_parallel import MODELS
 from tests.distributed.workers import WorkerPool
+from tests.gpu.test_fp8 import FP8_TABLES, MEMORY_WIDTHS, RECIPES, needs_fp8
 from tests.gpu.test_training import BF16, TE, WIDE
 
 pytestmark = pytest.mark.gpu
@@ -17,6 +18,7 @@ CASES = {
         "model.memory.tucker_penalty_coeff=0.1",
         "data.mask_eod_loss=true",
     ],
+    "fp8": [*RECIPES["tensorwise"], FP8_TABLES, *MEMORY_WIDTHS],
     "documents": ["data.mask_document_boundaries=true"],
     "throughput": ["preset=throughput"],
 }
@@ -33,7 +35,7 @@ def waits_job(overrides: list[str]) -> dict[str, int]:
     return dict(host_waits(run))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=needs_fp8 if case == "fp8" else ()) for case in CASES])
 def test_the_host_waits_nowhere(gpus: WorkerPool, small_run: list[str], case: str) -> None:  # noqa: F811
     (found,) = gpus.run(1, waits_job, [*small_run, *MODELS["ring"], *WIDE, TE, BF16, *CASES[case]])
     assert found == {}
