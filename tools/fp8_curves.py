@@ -12,7 +12,7 @@ part early and wander about each other; with several seeds `loss_against_bf16_er
 distance.
 
 Runs of earlier calls that are in the file count too, if they had a recipe and data of the same names, the same steps
-and settings, but for those that change speed or name folders: further seeds or variants may be measured another day.
+and settings, but for CUDA graphs and names of folders: further seeds or variants may be measured another day.
 tools/draw_fp8_curves.py draws the file.
 """
 
@@ -50,7 +50,7 @@ VARIANTS = {
 LAST = 20  # steps whose mean loss is compared
 EVERY = 10
 SEED = "/seed_"
-SAME_NUMBERS = ("preset", "train.cuda_graphs", "train.run_dir", "data.cache_dir")  # but for rounding
+SAME_NUMBERS = ("train.cuda_graphs", "train.run_dir", "data.cache_dir")  # but for rounding
 Curve = dict[str, list[float]]  # losses and gradient norms of a run
 Figures = dict[str, float]  # by metric, what is kept of a run
 Runs = dict[str, dict[str, Figures]]  # by variant and seed
