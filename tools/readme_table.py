@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultramem.planning.measured import all_errors, truth
+from megatron_ultramem.planning.scaling import MEMORY
+from megatron_ultramem.planning.scaling_ratios import efficiency_base, fastest_moe, way_and_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +26,9 @@ SHOWN = {
         "received_gb_s_256_mib", "tokens_per_s_with_optimizer", "step_cost_percent", "step_ms_spread_percent",
         "exchange_gb_s", "peak_gib", "table_gib", "table_gib_on_one",
     ],
-    "scaling": ["tokens_per_s", "tokens_per_s_spread_percent", "scaling_efficiency_percent", "times_the_moe"],
+    "scaling": [
+        "layers", "tokens_per_s", "tokens_per_s_spread_percent", "scaling_efficiency_percent", "times_the_moe",
+    ],
     "conversion": ["checkpoint_mib", "largest_tensor_mib", "tiny_model_peak_mib", "to_hf_peak_mib", "from_hf_peak_mib"],
     "offload": ["trains", "step_cost_percent", "peak_gib", "tables_with_state_gib"],
     "soak": ["restarts", "checkpoints_equal_by_every_bit", "checkpoints_lost"],
@@ -37,10 +41,11 @@ SHOWN = {
 }  # fmt: skip
 SWEPT = re.compile(r"T\d+_m\d+_")  # cases of a sweep are for plots, not for a table
 ABLATED = re.compile(r"/throughput\w*-")  # presets without one of their settings: how fast they are says it all
-# Ways of running a recipe that are for other pages: no preset (docs/comparison.md), no first way (docs/scaling.md).
+# Ways of running a recipe that are for other pages: no preset (docs/comparison.md), no first way (docs/scaling.md), of
+# the MoE none but the fastest.
 OTHER_WAYS = {
     "training": re.compile(r"_\d+[mb]/(?!none$|throughput)"),
-    "scaling": re.compile(r"/(?!columns_x|moe_x|cut_columns_x)"),
+    "scaling": re.compile(r"/(?!columns_x|columns_fp8_x|cut_columns_x)"),
     "fp8_curves": re.compile(r"/seed_"),  # the mean of which is shown
 }
 OURS, MOE, DENSE = "ultramemv2_227m_1b", "olmoe_227m_1b", "dense_227m"  # of tools/bench_baselines.py
@@ -88,7 +93,8 @@ def table(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         benchmark = content["benchmark"]
-        rows = [row for row in content["rows"] if benchmark in SHOWN and _is_shown(benchmark, row)]
+        compared_with = _fastest_moes(content) if benchmark == "scaling" else set()
+        rows = [row for row in content["rows"] if benchmark in SHOWN and _is_shown(benchmark, row, compared_with)]
         metrics = [metric for metric in SHOWN.get(benchmark, ()) if any(row["metric"] == metric for row in rows)]
         if not metrics:
             continue
@@ -100,9 +106,9 @@ def table(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _is_shown(benchmark: str, row: dict[str, Any]) -> bool:
+def _is_shown(benchmark: str, row: dict[str, Any], compared_with: set[str]) -> bool:
     case, metric = row["case"], row["metric"]
-    other = OTHER_WAYS.get(benchmark)
+    other = None if case in compared_with else OTHER_WAYS.get(benchmark)
     return (
         metric in SHOWN[benchmark]
         and not SWEPT.match(case)
@@ -223,10 +229,12 @@ def plan(folder: Path) -> str:
 SCALING = {
     "layers": "layers", "tokens/s": "tokens_per_s", "spread, %": "tokens_per_s_spread_percent",
     "of ideal, %": "scaling_efficiency_percent", "steps, of ideal, %": "step_scaling_efficiency_percent",
-    "times the MoE": "times_the_moe", "exchange, GB/s": "exchange_gb_s", "hidden, %": "exchange_hidden_percent",
+    "times the MoE": "times_the_moe", "steps, times the MoE": "step_times_the_moe",
+    "exchange, GB/s": "exchange_gb_s", "hidden, %": "exchange_hidden_percent",
     "step, ms": "step_ms", "step's spread, %": "step_ms_spread_percent", "predicted, ms": "predicted_step_ms",
     "error, %": "step_error_percent", "peak, GiB": "peak_gib", "predicted, GiB": "predicted_peak_gib",
 }  # fmt: skip
+SHARES = ("scaling_efficiency_percent", "step_scaling_efficiency_percent")
 
 
 def scaling(folder: Path) -> str:
@@ -236,33 +244,58 @@ def scaling(folder: Path) -> str:
     for path in sorted(folder.glob("scaling_*.json")):
         content = json.loads(path.read_text())
         cases = _cases(content)
+        units = {(row["case"], row["metric"]): row["unit"] for row in content["rows"]}
         runs: dict[tuple[object, ...], list[str]] = {}  # cases of the same figures, by these
         for case, own in cases.items():
             if "step_ms" in own:
-                recipe, ranks = case.partition("/")[0], _way_and_ranks(case)[1]
+                recipe, ranks = case.partition("/")[0], way_and_ranks(case)[1]
                 runs.setdefault((recipe, ranks, own["step_ms"], own.get("tokens_per_s")), []).append(case)
         columns = {
             name: metric for name, metric in SCALING.items() if any(metric in cases[c[0]] for c in runs.values())
         }
         lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for same in sorted(runs.values(), key=lambda same: _way_and_ranks(same[0])):
-            own = cases[same[0]]
-            cells = [
-                ""
-                if metric not in own
-                else f"{round(own[metric], 1) + 0.0:g}"
-                if "%" in heading
-                else _number(own[metric])
-                for heading, metric in columns.items()
-            ]
-            names = ", ".join(
-                [f"`{same[0]}`", *(f"`{_way_and_ranks(case)[0].partition('/')[2]}`" for case in same[1:])]
-            )
+        for same in sorted(runs.values(), key=lambda same: way_and_ranks(same[0])):
+            cells = [_scaling_cell(metric, units.get((same[0], metric)), cases[same[0]]) for metric in columns.values()]
+            names = ", ".join([f"`{same[0]}`", *(f"`{way_and_ranks(case)[0].partition('/')[2]}`" for case in same[1:])])
             lines.append(f"| {names} | " + " | ".join(cells) + " |")
         head = f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n"
         parts.append(head + "\n".join(lines) + "\n" + _unfit(cases))
-        parts[-1] += _measured_before(content, {case for case, own in cases.items() if "step_ms" in own})
+        shown = {case for case, own in cases.items() if "step_ms" in own}
+        parts[-1] += _measured_before(content, shown) + _of_other_commits(content, [own[0] for own in runs.values()])
     return "\n".join(parts) or "Not measured yet.\n"
+
+
+def _scaling_cell(metric: str, unit: str | None, own: dict[str, float]) -> str:
+    """A figure; a share of the ideal with what it is against, if that is not the same way on one rank."""
+    if unit is None:
+        return ""
+    if metric in SHARES:
+        base = unit.removeprefix("% of ")
+        return _number(own[metric]) + ("" if base == "x1" else f" (of `{base}`)")
+    return f"{round(own[metric], 1) + 0.0:g}" if metric.endswith("percent") else _number(own[metric])
+
+
+def _of_other_commits(content: dict[str, Any], runs: list[str]) -> str:
+    """Which ratios have two commits in them."""
+    speeds = _speeds(content)
+    commits = dict.fromkeys(speeds, content["commit"])
+    commits |= {case: call["commit"] for call in content.get("earlier", ()) for case in call["cases"]}
+    found = []
+    for case in sorted(set(runs) & speeds.keys()):
+        moe = fastest_moe(speeds, way_and_ranks(case)[1]) if case.startswith(f"{MEMORY}/") else None
+        others = [base for base in (efficiency_base(case, speeds), moe) if base and commits[base] != commits[case]]
+        found += [f"`{case}` (against `{base.partition('/')[2]}` at {commits[base]})" for base in others]
+    return f"\nRatios of figures of two commits: {', '.join(found)}.\n" if found else ""
+
+
+def _speeds(content: dict[str, Any]) -> dict[str, float]:
+    return {row["case"]: row["value"] for row in content["rows"] if row["metric"] == "tokens_per_s"}
+
+
+def _fastest_moes(content: dict[str, Any]) -> set[str]:
+    """The cases of the MoE that others are compared with."""
+    speeds = _speeds(content)
+    return {moe for case in speeds if (moe := fastest_moe(speeds, way_and_ranks(case)[1]))}
 
 
 def _unfit(cases: Cases) -> str:
@@ -279,11 +312,6 @@ def _measured_before(content: dict[str, Any], shown: set[str]) -> str:
         if (own := shown.intersection(call["cases"]))
     ]
     return "".join(lines)
-
-
-def _way_and_ranks(case: str) -> tuple[str, int]:
-    way, _, ranks = case.rpartition("_x")
-    return way, int(ranks)
 
 
 def _cases(content: dict[str, Any]) -> Cases:

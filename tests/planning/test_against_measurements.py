@@ -24,7 +24,7 @@ from megatron_ultramem.planning.measured import (
     truth,
 )
 from megatron_ultramem.planning.memory import GIB
-from megatron_ultramem.planning.scaling import predicted_again
+from megatron_ultramem.planning.scaling import case_named, predicted_again
 from megatron_ultramem.results import Row
 from tests.tools.scripts import script
 
@@ -121,12 +121,17 @@ def test_dense_and_moe_on_one_h100(settings: list[str], ktok_per_s: float) -> No
     assert 16384 / plan.time.micro_batch.total / 1e3 == pytest.approx(ktok_per_s, rel=0.25)
 
 
-def test_1b_7b_on_up_to_four_h200() -> None:
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("scaling_*.json")), ids=lambda path: path.stem
+)
+def test_recipes_on_several_gpus(path: Path) -> None:
     """Every case of tools/bench_scaling.py that was measured: times within 20 %, memory within 7 % (what a router sends
     to the fullest rank is not planned)."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "scaling_h200x4.json").read_text())["rows"]
-    found = predicted_again([Row(**row) for row in rows], ROOT / "examples" / "configs", load_cluster("h200"))
+    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+    cluster = load_cluster(path.stem.removeprefix("scaling_").partition("x")[0])
+    found = predicted_again(rows, RECIPES, cluster)
     errors = {(row.case, row.metric): row.value for row in found if row.metric.endswith("error_percent")}
-    assert len({case for case, _ in errors}) >= 15
+    measured_cases = {row.case for row in rows if row.metric == "step_ms" and case_named(row.case)}
+    assert measured_cases and {case for case, _ in errors} >= measured_cases
     for (case, metric), error in errors.items():
         assert abs(error) < (20 if metric.startswith("step") else 7), (case, metric, error)

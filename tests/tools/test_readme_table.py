@@ -40,7 +40,7 @@ def test_presets_without_a_setting_show_their_speed_alone(tmp_path: Path) -> Non
 
 def write(folder: Path, benchmark: str, cases: dict[str, dict[str, float]]) -> None:
     rows: list[dict[str, Any]] = [
-        {"case": case, "metric": metric, "value": value, "unit": "x"}
+        {"case": case, "metric": metric, "value": value, "unit": "% of x1" if "efficiency" in metric else "x"}
         for case, figures in cases.items()
         for metric, value in figures.items()
     ]
@@ -92,6 +92,33 @@ def test_predictions_stand_beside_measurements(tmp_path: Path) -> None:
     assert "| a GPU | `r/as_is` | step_ms | 90 x | 100 x | -10.0 % |" in script("readme_table").plan(tmp_path)
 
 
+def test_ratios_of_weak_scaling_say_what_they_are_against(tmp_path: Path) -> None:
+    cases = {
+        "ultramemv2_1b_7b/columns_x1": {"tokens_per_s": 10.0, "step_ms": 7.0},
+        "ultramemv2_1b_7b/columns_tp2_x2": {"tokens_per_s": 15.0, "step_ms": 8.0, "scaling_efficiency_percent": 75.0},
+        "ultramemv2_1b_7b/columns_x2": {"tokens_per_s": 18.0, "step_ms": 9.0, "scaling_efficiency_percent": 89.98},
+        "olmoe_1b_7b/moe_x2": {"tokens_per_s": 8.0, "step_ms": 9.5},
+        "olmoe_1b_7b/moe_graphs_cutlass_x2": {"tokens_per_s": 9.0, "step_ms": 9.0},
+        "ultramemv2_2_5b_120b_top256/cut_columns_x2": {"tokens_per_s": 5.0, "step_ms": 5.0, "layers": 4.0},
+    }
+    write(tmp_path, "scaling", cases)
+    path = tmp_path / "scaling_gpu.json"
+    content = json.loads(path.read_text()) | {"earlier": [{"cases": ["ultramemv2_1b_7b/columns_x1"], "commit": "old"}]}
+    for row in content["rows"]:
+        if row["metric"] == "scaling_efficiency_percent" and "tp2" in row["case"]:
+            row["unit"] = "% of columns_x1"
+    path.write_text(json.dumps(content))
+    tool = script("readme_table")
+    text = tool.scaling(tmp_path)
+    assert "| `ultramemv2_1b_7b/columns_tp2_x2` |  | 15 | 75 (of `columns_x1`) | 8 |" in text
+    assert "| `ultramemv2_1b_7b/columns_x2` |  | 18 | 89.98 | 9 |" in text
+    (line,) = (line for line in text.splitlines() if "of two commits" in line)
+    assert line.count("against `columns_x1` at old") == 2 and "columns_tp2_x2" in line and "moe" not in line
+    readme = tool.table(tmp_path)
+    assert "| layers | tokens_per_s |" in readme and "cut_columns_x2` | 4 | 5 |" in readme
+    assert "moe_graphs_cutlass_x2" in readme and "moe_x2" not in readme and "tp2" not in readme  # the MoE to beat
+
+
 def test_a_run_of_weak_scaling_is_a_line_and_the_readme_has_the_first_ways(tmp_path: Path) -> None:
     one = {"tokens_per_s": 1100.0, "step_ms": 7.0, "predicted_peak_gib": 3.0}
     cases = {
@@ -120,6 +147,8 @@ def test_a_run_of_weak_scaling_is_a_line_and_the_readme_has_the_first_ways(tmp_p
         "`ultramemv2_2_5b_120b_top256/cut_columns_x1` (256 GiB).",
         "",
         "Measured before, at commit old: `olmoe_1b_7b/moe_x4`.",
+        "",
+        "Ratios of figures of two commits: `ultramemv2_1b_7b/columns_x4` (against `moe_x4` at old).",
     ]
     shown = [line.split("`")[1] for line in tool.table(tmp_path).splitlines()[2:]]
     assert shown == ["ultramemv2_1b_7b/columns_x4", "ultramemv2_1b_7b/columns_x1", "olmoe_1b_7b/moe_x4"]
