@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_ultramem.planning import scaling
+from megatron_ultramem.planning.clusters import load_cluster
 from tests.distributed.conftest import corpus  # noqa: F401
 from tests.tools.scripts import script
 
+RECIPES = Path(__file__).parents[2] / "examples" / "configs"
 TINY = """
 model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 4, ffn_hidden_size: 64, max_sequence_length: 32,
   vocab_size: 260, {model}}}
@@ -91,3 +93,21 @@ def test_what_was_measured_is_predicted_anew(tmp_path: Path) -> None:
     assert predicted > 100 and values[name, "step_error_percent"] == pytest.approx(100 * (predicted / 1000 - 1))
     assert (values[name, "tokens_per_s"], values["gone/way_x2", "step_ms"]) == (7.0, 3.0)
     assert content["commit"] == "abc" and content["predicted_at"]
+
+
+def test_variables_of_a_way_are_set_where_the_environment_has_them_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, cluster = script("bench_scaling"), load_cluster("h200")
+    (case,) = scaling.cases([2], ["cut_columns"])
+    planned = scaling.Planned(case, *scaling.plan_of(RECIPES, [scaling.UNUSED_DATA], case, cluster))
+    args = tool._arguments([scaling.UNUSED_DATA])
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER", "NCCL_NVLS_ENABLE", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "99")  # cores are dealt out all the same
+    environment = tool._job(args, planned, tmp_path, 2).environment
+    assert environment.pop("OMP_NUM_THREADS") != "99"
+    assert environment == {**dict(scaling.NO_PIECES), "NCCL_NVLS_ENABLE": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    changed = tool._job(args, planned, tmp_path, 2).environment
+    assert changed["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:False" and changed["NCCL_GRAPH_REGISTER"] == "0"
