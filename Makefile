@@ -16,7 +16,7 @@ GPU_PATH = $(if $(GPU_MEGATRON),$(CURDIR)/$(GPU_MEGATRON):)$(CURDIR):$(CURDIR)/k
 GPU_PYTEST = PYTHONUNBUFFERED=1 PYTHONPATH="$(GPU_PATH)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -vv --tb=short \
 	tests/gpu tests/kernels tests/memory tests/training
 # A process of the GPU tests takes a core and up to 2 GiB of a GPU.
-GPU_JOBS := $(or $(JOBS),$(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 16 ? 12 : (3 * n + 3) / 4))))
+GPU_JOBS := $(or $(JOBS),$(shell n=$$(getconf _NPROCESSORS_ONLN); n=$$(((3 * n + 3) / 4)); echo $$((n > 24 ? 24 : n))))
 
 .PHONY: quickstart test test-all test-gpu lint bench clean
 

@@ -73,19 +73,23 @@ def write_results(
     """
     path = results_path(folder, benchmark)
     given = {row.case for row in rows}
+    this = {
+        "versions": _versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
     kept, earlier = [], []
     if keep_other_cases and path.exists():
         before = json.loads(path.read_text())
         kept = [row for row in before["rows"] if row["case"] not in given]
         now = given if measured is None else measured
-        earlier = _earlier(before, list(dict.fromkeys(row["case"] for row in before["rows"] if row["case"] not in now)))
+        cases = dict.fromkeys(row["case"] for row in before["rows"] if row["case"] not in now)
+        earlier = [call for call in _earlier(before, list(cases)) if any(call[name] != this[name] for name in ORIGIN)]
     content = {
         "benchmark": benchmark,
         "hardware": hardware_name(),
-        "versions": _versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *sys.argv]),
+        **this,
         **({"earlier": earlier} if earlier else {}),
         "rows": kept + [asdict(row) for row in rows],
     }

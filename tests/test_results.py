@@ -27,6 +27,15 @@ def test_cases_of_earlier_calls_keep_their_origin(tmp_path: Path, monkeypatch: p
     assert "earlier" not in measure("four", "w", "x", "y", "z")
 
 
+def test_a_call_that_writes_after_every_case_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit, case in (("one", "x"), ("two", "y"), ("two", "z"), ("two", "w")):
+        monkeypatch.setenv("COMMIT", commit)
+        path = write_results(tmp_path, "b", [Row(case, "ms", 1.0, "ms")])
+    content = json.loads(path.read_text())
+    assert [(call["commit"], call["cases"]) for call in content["earlier"]] == [("one", ["x"])]
+    assert {row["case"] for row in content["rows"]} == {"w", "x", "y", "z"}
+
+
 def test_a_write_that_is_cut_off_leaves_the_results_that_were_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
