@@ -13,6 +13,7 @@ from typing import Any
 from megatron_ultramem.planning.measured import all_errors, truth
 from megatron_ultramem.planning.scaling import MEMORY
 from megatron_ultramem.planning.scaling_ratios import efficiency_base, fastest_moe, way_and_ranks
+from megatron_ultramem.results import ORIGIN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -126,9 +127,10 @@ def speed(folder: Path) -> str:
         recipes = {recipe: _fastest_way(recipe, cases) for recipe in cases if "/" not in recipe}
         recipes = {recipe: way for recipe, way in recipes.items() if way}
         if OURS in recipes and MOE in recipes and "gpu_busy_ms" in cases[OURS]:
+            shown = {*recipes, *(case for case in cases if case.startswith(f"{MOE}/"))}
+            content = _when_last_shown(content, shown)
             parts.append(f"**{content['hardware']}**, commit {content['commit']}, {_versions(content)}.\n\n")
             parts.append(_speed_table(recipes, cases) + "\n" + _ratios(cases) + "\n" + _ways_of_the_moe(cases))
-            shown = {*recipes, *(case for case in cases if case.startswith(f"{MOE}/"))}
             parts[-1] += _measured_before(content, shown)
     return "\n".join(parts) or "Not measured yet.\n"
 
@@ -302,6 +304,14 @@ def _unfit(cases: Cases) -> str:
     """What does not fit, with what the planner says that a rank would hold."""
     found = [f"`{case}` ({_number(own['predicted_peak_gib'])} GiB)" for case, own in cases.items() if "fits" in own]
     return f"\nNot run, as the planner says that they do not fit a GPU: {', '.join(sorted(found))}.\n" if found else ""
+
+
+def _when_last_shown(content: dict[str, Any], shown: set[str]) -> dict[str, Any]:
+    """The file as of the last call that measured any of the cases shown."""
+    earlier = [call for call in content.get("earlier", ()) if shown.intersection(call["cases"])]
+    if shown.difference(*(call["cases"] for call in earlier)) or not earlier:
+        return content
+    return content | {name: earlier[-1][name] for name in ORIGIN} | {"earlier": earlier[:-1]}
 
 
 def _measured_before(content: dict[str, Any], shown: set[str]) -> str:

@@ -1,9 +1,9 @@
 """Presets: a layer of defaults between those of `schema.py` and the file.
 
-`throughput` turns on what makes training on GPUs faster without changing what is computed (beyond rounding); each of its
-settings helped by itself (`tools/bench_training.py --ablate`). `throughput_fp8` computes and reads in FP8 too, as far as
-`train.fp8` and `model.memory.table_read` go. Settings that they know and leave alone, because no measurement spoke for
-them, are named in ARCHITECTURE.md.
+`throughput` turns on what makes training on GPUs faster without changing what is computed (beyond rounding); each of
+its settings helped by itself (`tools/bench_training.py --ablate`). `throughput_fp8` computes and reads in FP8 too, as
+far as `train.fp8` and `model.memory.table_read` go. Settings that they know and leave alone, because no measurement
+spoke for them, are named in ARCHITECTURE.md.
 """
 
 from __future__ import annotations
