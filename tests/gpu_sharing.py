@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def group_of(item: pytest.Item) -> str | None:
 
 def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """The same tests, those of a group together, from the longest group to the shortest; at the end those that run
-    alone, because nothing begins while they wait for what has begun."""
+    alone, because they wait until nothing else is left."""
     seconds: dict[str, float] = {}
     for item in items:
         marker = item.get_closest_marker("seconds")
@@ -81,21 +81,11 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 @contextmanager
 def in_turn(*, alone: bool) -> Iterator[None]:
     """Many at a time, over all processes of this user that use the same GPUs; or, `alone`, none beside this one. Who
-    wants to be alone keeps the gate shut while those inside finish."""
-    with ExitStack() as gate, ExitStack() as room:
-        gate.enter_context(_locked("gate", fcntl.LOCK_EX))
-        room.enter_context(_locked("room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-        if not alone:
-            gate.close()
-        yield
-
-
-@contextmanager
-def _locked(name: str, how: int) -> Iterator[None]:
+    wants to be alone waits until nobody else has anything to do: shut out, all others would wait for the longest."""
     gpus = "_".join(sorted(_visible_gpus()))
-    path = Path(tempfile.gettempdir()) / f"ultramem_tests_{os.getuid()}_gpus_{gpus}_{name}.lock"
+    path = Path(tempfile.gettempdir()) / f"ultramem_tests_{os.getuid()}_gpus_{gpus}.lock"
     with path.open("w") as file:
-        fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         try:
             yield
         finally:

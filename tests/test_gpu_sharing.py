@@ -36,17 +36,19 @@ def enter(threads: ThreadPoolExecutor, *, alone: bool) -> tuple[Event, Event, Fu
     return inside, go, threads.submit(test)
 
 
-def test_one_that_is_alone_waits_for_those_inside_and_lets_nobody_in() -> None:
+def test_one_that_is_alone_waits_for_all_others_and_lets_nobody_in() -> None:
     with ThreadPoolExecutor(4) as threads:
-        both = [enter(threads, alone=False) for _ in range(2)]
-        assert all(inside.wait(SECONDS) for inside, *_ in both)
+        first, leave, _ = enter(threads, alone=False)
+        assert first.wait(SECONDS)
         alone, finish, _ = enter(threads, alone=True)
         assert not alone.wait(0.3)
-        late, leave, _ = enter(threads, alone=False)
-        both[0][1].set()
-        assert not alone.wait(0.3) and not late.is_set()
-        both[1][1].set()
+        second, leave_too, _ = enter(threads, alone=False)
+        assert second.wait(SECONDS)
+        leave.set()
+        assert not alone.wait(0.3)
+        leave_too.set()
         assert alone.wait(SECONDS)
+        late, leave, _ = enter(threads, alone=False)
         assert not late.wait(0.3)
         finish.set()
         assert late.wait(SECONDS)

@@ -126,12 +126,16 @@ def test_dense_and_moe_on_one_h100(settings: list[str], ktok_per_s: float) -> No
 )
 def test_recipes_on_several_gpus(path: Path) -> None:
     """Every case of tools/bench_scaling.py that was measured: times within 20 %, memory within 7 % (what a router sends
-    to the fullest rank is not planned)."""
+    to the fullest rank is not planned). Times that spread by more than that say nothing of the plan: those of an MoE
+    that the host binds."""
     rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
     cluster = load_cluster(path.stem.removeprefix("scaling_").partition("x")[0])
     found = predicted_again(rows, RECIPES, cluster)
     errors = {(row.case, row.metric): row.value for row in found if row.metric.endswith("error_percent")}
     measured_cases = {row.case for row in rows if row.metric == "step_ms" and case_named(row.case)}
     assert measured_cases and {case for case, _ in errors} >= measured_cases
+    unsteady = {row.case for row in rows if row.metric == "step_ms_spread_percent" and row.value > 20}
     for (case, metric), error in errors.items():
+        if case in unsteady and metric.startswith("step"):
+            continue
         assert abs(error) < (20 if metric.startswith("step") else 7), (case, metric, error)
