@@ -126,6 +126,7 @@ class KernelTimes:
             inputs=tokens * (model.hidden_size + inner),
             outputs=tokens * (model.hidden_size + 2 * inner),
             moved=tokens * 3 * inner,
+            scaled=tokens * inner if layer.flops.memory is not None else 0.0,  # model/fp8_ffn.py
         )
 
     def _moe(self, layout: Layout, layer: Layer) -> tuple[Times, Times]:
@@ -212,9 +213,11 @@ class KernelTimes:
         outputs: float,
         moved: float = 0.0,
         in_fp8: bool = True,
+        scaled: float = 0.0,
     ) -> tuple[Times, Times]:
         """Linears with so many weights, and numbers that go in and come out; `moved`: numbers that memory-bound kernels
-        beside them read and write. `in_fp8`: if the layout has FP8 at all."""
+        beside them read and write. `in_fp8`: if the layout has FP8 at all. `scaled`: products of gate and channel; the
+        kernel that writes them, and that of their two gradients, scales them for FP8 without another read."""
         matmul = self._matmul(flops, layout.element * (weights + inputs + outputs))
         elementwise = self._elementwise(layout, moved)
         forward = Times(matmul=matmul, elementwise=elementwise)
@@ -226,9 +229,10 @@ class KernelTimes:
         back = 2 * product + (weights + 2 * outputs + inputs * (1 + size)) / (c.COPY * self.bandwidth)
         cast = c.FP8_CAST_BYTES[fp8.recipe] / (c.ELEMENTWISE * self.bandwidth)
         of_weights = 0.0 if fp8.only_codes else weights / layout.micro_batches
+        spared = self._elementwise(layout, scaled) if fp8.recipe == "tensorwise" else 0.0
         quick = (
-            Times(matmul=ahead, elementwise=elementwise + (inputs + of_weights) * cast),
-            Times(matmul=back, elementwise=2 * elementwise + outputs * cast),
+            Times(matmul=ahead, elementwise=elementwise + (inputs + of_weights) * cast - spared),
+            Times(matmul=back, elementwise=2 * elementwise + outputs * cast - 2 * spared),
         )
         return (
             quick[0] * fp8.share + forward * (1 - fp8.share),
