@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
-    ),
-]
+from tests.gpu.test_fp8 import needs_fp8
+
+pytestmark = [pytest.mark.gpu, needs_fp8]
 E4M3_STEP, E5M2_STEP = 2.0**-3, 2.0**-2  # between neighbours, of the smaller of them
 
 

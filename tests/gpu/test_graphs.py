@@ -10,6 +10,7 @@ from tests.distributed.test_baselines import KINDS
 from tests.distributed.test_memory_parallel import COLUMNS, MODELS, OVERLAP, P2, ROWS, STATIC, TP2
 from tests.distributed.workers import WorkerPool
 from tests.gpu.graph_job import graph_job, refused_recording
+from tests.gpu.test_fp8 import FP8_TABLES, MEMORY_WIDTHS, RECIPES, needs_fp8
 from tests.gpu.test_memory_parallel import BESIDE_FFN
 from tests.gpu.test_training import BF16, TE, WIDE, two_gpus
 
@@ -17,15 +18,14 @@ pytestmark = pytest.mark.gpu
 MEMORY, FULL, LAYERS = (f"train.cuda_graphs={graphs}" for graphs in ("memory", "full", "layers"))
 GRAD_OVERLAP, _, SMALL_BUCKETS = OVERLAP
 STEPS = 4
-FP8_WIDTHS = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
 LOSSES = ["model.memory.balance_loss_coeff=0.01", "model.memory.tucker_penalty_coeff=0.1", "data.mask_eod_loss=true"]
 KERNELS = ["train.cross_entropy=transformer_engine", "train.norms=ultramem", "train.fused_weight_gradients=true"]
-FP8 = ["train.fp8.recipe=tensorwise", "train.fused_weight_gradients=true", *FP8_WIDTHS]
+FP8 = [*RECIPES["tensorwise"], "train.fused_weight_gradients=true", *MEMORY_WIDTHS]
 STATIC_ROWS = [P2, ROWS, f"{STATIC}=2"]
 MOE = ["model.moe.layers=all", "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=32"]
 SETTINGS = {
     "memory": (1, MEMORY, LOSSES),
-    "memory_fp8": (1, MEMORY, [*FP8, "train.fp8.memory_projections=false", "model.memory.table_read=fp8"]),
+    "memory_fp8": (1, MEMORY, [*FP8, "train.fp8.memory_projections=false", FP8_TABLES]),
     "memory_columns_overlap": (2, MEMORY, [P2, COLUMNS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "memory_rows_overlap": (2, MEMORY, [*STATIC_ROWS, BESIDE_FFN, GRAD_OVERLAP, SMALL_BUCKETS]),
     "layers_dense": (1, LAYERS, ["model.memory.layers=none"]),
@@ -46,9 +46,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=two_gpus if ranks == 2 else ()) for case, (ranks, *_) in SETTINGS.items()]
-)
+def needs(case: str) -> list[pytest.MarkDecorator]:
+    """What a case asks of the machine."""
+    ranks, _, more = SETTINGS[case]
+    return [two_gpus] * (ranks == 2) + [needs_fp8] * any("fp8" in setting for setting in more)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=needs(case)) for case in SETTINGS])
 def test_training_with_graphs_equals_training_without(
     gpus: WorkerPool,
     small_run: list[str],  # noqa: F811

@@ -11,6 +11,7 @@ from tests.distributed.conftest import corpus, small_run  # noqa: F401
 from tests.distributed.layout_job import assemble, train_job
 from tests.distributed.test_layouts import MODELS, STEPS
 from tests.distributed.workers import WorkerPool
+from tests.gpu.test_fp8 import MEMORY_WIDTHS, needs_fp8
 from tests.gpu.test_training import BF16, EVERY_ROW, TE, WIDE
 
 pytestmark = pytest.mark.gpu
@@ -47,9 +48,9 @@ def test_a_model_trains_as_without_the_preset(gpus: WorkerPool, small_run: list[
         assert np.linalg.norm(found[key] - numbers) <= 0.05 * np.linalg.norm(numbers) + 1e-6, key
 
 
+@needs_fp8
 def test_a_model_trains_under_the_preset_for_fp8_like_in_bf16(gpus: WorkerPool, small_run: list[str]) -> None:  # noqa: F811
-    widths = ["model.memory.key_dim=16", "model.memory.value_dim=32", "model.memory.pre_value_dim=32"]
-    settings = [*small_run, *MODELS["block"], *WIDE, *EVERY_ROW, *widths, TE, BF16]
+    settings = [*small_run, *MODELS["block"], *WIDE, *EVERY_ROW, *MEMORY_WIDTHS, TE, BF16]
     (plain,) = gpus.run(1, train_job, settings, STEPS, True)
     (fp8,) = gpus.run(1, train_job, [*settings, "preset=throughput_fp8"], STEPS, True)
     assert fp8["losses"] != plain["losses"]
