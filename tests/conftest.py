@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from tests.gpu_sharing import GROUPS, WORKER, in_turn, longest_first, prepare_process, scheduler, tell_groups
+from tests.gpu_sharing import (
+    GROUPS,
+    PROCESSES,
+    WORKER,
+    in_turn,
+    longest_first,
+    prepare_process,
+    scheduler,
+    tell_groups,
+)
 
 MODULE_CACHE = pytest.StashKey[str]()
 
@@ -51,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         tell_groups([item for item in items if item.get_closest_marker("gpu")], Path(config.workerinput["groups"]))
         if config.workerinput["longest_first"]:
-            items[:] = longest_first(items)
+            items[:] = longest_first(items, int(os.environ[PROCESSES]))
 
 
 class Failures:

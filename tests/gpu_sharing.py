@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 WORKER = "PYTEST_XDIST_WORKER"  # gw0, gw1, ... in the processes of pytest-xdist
+PROCESSES = "PYTEST_XDIST_WORKER_COUNT"  # how many of them there are
 USUAL_SECONDS = 3.0  # of a test that does not say
 GROUPS = pytest.StashKey[Path]()  # the file in which they tell their parent the groups of tests
 
@@ -41,16 +42,27 @@ def group_of(item: pytest.Item) -> str | None:
     return item.path.stem if shared else None
 
 
-def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+def longest_first(items: Sequence[pytest.Item], processes: int) -> list[pytest.Item]:
     """The same tests, those of a group together, from the longest group to the shortest; at the end those that run
-    alone, because they wait until nothing else is left."""
+    alone, because they wait until nothing else is left.
+
+    Each of several processes is dealt a second group at once where its first has no more than two tests, and keeps it
+    back until that is done: behind the longest groups wait the shortest."""
     seconds: dict[str, float] = {}
+    tests: dict[str, int] = {}
     for item in items:
         marker = item.get_closest_marker("seconds")
         own = marker.args[0] if marker else USUAL_SECONDS
         name = group_of(item) or item.nodeid
         seconds[name] = seconds.get(name, 0) + (-inf if item.get_closest_marker("alone") else own)
-    return sorted(items, key=lambda item: (-seconds[name := group_of(item) or item.nodeid], name))
+        tests[name] = tests.get(name, 0) + 1
+    names = sorted(seconds, key=lambda name: (-seconds[name], name))
+    others = [name for name in names if seconds[name] > -inf]
+    first, rest = others[:processes], others[processes:]
+    if behind := rest[::-1][: sum(tests[name] <= 2 for name in first)]:
+        names = [*first, *behind, *rest[: -len(behind)], *names[len(others) :]]
+    place = {name: number for number, name in enumerate(names)}
+    return sorted(items, key=lambda item: place[group_of(item) or item.nodeid])
 
 
 def tell_groups(items: Sequence[pytest.Item], path: Path) -> None:

@@ -111,12 +111,12 @@ def test_another(shared): ...
 """
 
 
-def collected(folder: Path) -> list[str]:
+def collected(folder: Path, processes: int) -> list[str]:
     found: list[pytest.Item] = []
 
     class Order:
         def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-            items[:] = longest_first(items)
+            items[:] = longest_first(items, processes)
             found.extend(items)
 
     code = pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", str(folder)], plugins=[Order()])
@@ -124,11 +124,17 @@ def collected(folder: Path) -> list[str]:
     return [item.name for item in found]
 
 
-def test_long_tests_and_groups_begin_first_and_those_alone_last(tmp_path: Path) -> None:
-    """A group counts with all of its tests, also those that say nothing of their time."""
-    (tmp_path / "test_timed.py").write_text(TIMED)
-    many = [f"test_many[{number}]" for number in range(8)]
-    assert collected(tmp_path) == ["test_thirty", *many, "test_another", "test_twenty", "test_one", "test_alone"]
+@pytest.mark.parametrize("processes", [1, 2, 20])
+def test_long_tests_begin_first_with_the_shortest_behind_them_and_those_alone_last(
+    tmp_path: Path, processes: int
+) -> None:
+    """A group counts with all of its tests, also those that say nothing of their time; behind it nothing waits."""
+    (tmp_path / f"test_timed_{processes}.py").write_text(TIMED)
+    group = [*(f"test_many[{number}]" for number in range(8)), "test_another"]
+    others = ["test_one", *group, "test_twenty"] if processes < 3 else [*group, "test_twenty", "test_one"]
+    if processes == 2:
+        others = [*group, "test_one", "test_twenty"]
+    assert collected(tmp_path, processes) == ["test_thirty", *others, "test_alone"]
 
 
 CUT = """

@@ -34,6 +34,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
     workers.close()
 
 
+@pytest.mark.seconds(50)
 def test_a_run_goes_to_the_cpu_and_back(
     gpus: WorkerPool,
     cpu: WorkerPool,

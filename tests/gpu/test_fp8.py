@@ -57,6 +57,7 @@ def test_a_recipe_trains_like_bf16(run: Any, recipe: str) -> None:
     assert fp8["params"].keys() == bf16["params"].keys()
 
 
+@pytest.mark.seconds(65)
 def test_experts_train_like_in_bf16_whatever_tokens_they_get(gpus: WorkerPool, small_run: list[str]) -> None:  # noqa: F811
     """A group of GEMMs for all experts, and a linear for each: tokens of an expert are padded to what FP8 takes."""
     settings = [*small_run, *MOE_WITH_MEMORY, TE]

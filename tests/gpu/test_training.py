@@ -113,13 +113,13 @@ def test_deterministic_training_repeats_bitwise(gpus: WorkerPool, small_run: lis
         assert np.array_equal(a, b), key
 
 
-@pytest.mark.seconds(135)
+@pytest.mark.seconds(100)
 def test_quickstart_trains_and_generates(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # it takes two where it sees them
     done = subprocess.run(
         [sys.executable, "tools/quickstart.py", f"train.run_dir={tmp_path}/run", f"data.paths=[{tmp_path}/data]",
-         "train.steps=150", "train.eval_interval=0"], cwd=root, capture_output=True, text=True,
+         "train.steps=100", "train.eval_interval=0"], cwd=root, capture_output=True, text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": first})  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "on cuda" in done.stdout
