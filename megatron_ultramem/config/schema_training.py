@@ -210,6 +210,12 @@ class TrainConfig:
         "Transformer Engine's linears add weight gradients to the fp32 buffer within their GEMM, instead of rounding "
         "them to bf16 first.",
     )
+    gc_interval: int = setting(
+        0,
+        "Python looks for garbage after every N steps, on all ranks after the same one. 0: whenever it wants, on each "
+        "rank at another time, for which the others wait; it wants more often the more the host does (without graphs).",
+        minimum=0,
+    )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)
     eval_steps: int = setting(10, "Global batches per evaluation; 0: no evaluation.", minimum=0)
     minutes: Optional[float] = setting(

@@ -18,6 +18,7 @@ from megatron_ultramem.planning.flops import flops_per_token
 from megatron_ultramem.training.anomalies import meet, rewind
 from megatron_ultramem.training.data import BatchIterator
 from megatron_ultramem.training.distributed import destroy_distributed
+from megatron_ultramem.training.garbage import collected_every
 from megatron_ultramem.training.memory_health import MemoryHealthProbe
 from megatron_ultramem.training.memory_hooks import begin_step, end_step, forget_step, model_graph
 from megatron_ultramem.training.metrics import MetricsLogger
@@ -75,7 +76,7 @@ def _train(run: Run, log: RankLog) -> int:
         exchange_in_graphs=config.train.cuda_graphs != "none" and config.parallel.memory_parallel_size > 1,
     )
     profiler = _profiler(run)
-    with progress, closing(logger), closing(profiler):
+    with progress, closing(logger), closing(profiler), collected_every(config.train.gc_interval) as collect:
         progress.message(_opening(run))
         if run.position.step >= last_step:
             progress.message(f"nothing left to do: train.steps = {config.train.steps}")
@@ -88,6 +89,7 @@ def _train(run: Run, log: RankLog) -> int:
             clock.begin_step()
             with probe.watch(health_due), profiler.step(step), run.spans.step():
                 metrics = train_step(run)
+                collect(step)
             clock.end_step(int(metrics["tokens_in_step"]))
             if (end := run.time_budget.last_step) is not None and end < last_step:
                 last_step = end

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ultramem.results import Row
+from megatron_ultramem.training.garbage import collected_every
 from megatron_ultramem.training.loop import micro_batches
 from megatron_ultramem.training.memory_hooks import begin_step, model_graph
 from megatron_ultramem.training.setup import Run
@@ -70,12 +71,14 @@ class Timing:
 def timing(run: Run, action: Callable[[], object], repeats: int) -> Timing:
     """Times of an action, waiting for the device."""
     seconds = []
-    for _ in range(repeats):
-        wait(run.platform.device)
-        began = time.perf_counter()
-        action()
-        wait(run.platform.device)
-        seconds.append(time.perf_counter() - began)
+    with collected_every(run.config.train.gc_interval) as collect:
+        for number in range(repeats):
+            wait(run.platform.device)
+            began = time.perf_counter()
+            action()
+            collect(number + 1)
+            wait(run.platform.device)
+            seconds.append(time.perf_counter() - began)
     return Timing(tuple(seconds))
 
 
