@@ -28,8 +28,10 @@ ROWS_MESSAGES, COLUMNS_MESSAGES, COLUMNS_MESSAGES_WITHOUT_DOTS = 6, 8, 5
 ROWS_MESSAGES_WITHOUT_WAIT = 4  # with room for all rows
 # Of the GPU for a row that a token wants, by rows: sorting by owner, packing, and the same back. A micro-batch of
 # 524,288 rows a layer took 34 to 42 ms longer in 20 layers than without an exchange (memory_parallel_h200x2.json).
-# Rows that go to all ranks are not sorted by owner; what they cost is not measured yet, and counts the same.
 ROUTING_NS = 3.5
+# For a row number that a rank gets where all of them go to all ranks: the lookup passes over those of others. With 2.1
+# million a layer a micro-batch of 16 layers took 19 ms longer than by columns (scaling_h200x2.json).
+PASSING_NS = 0.6
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _rows(config: Config) -> Estimate:
         messages,
         queries / tokens,
         p.exchange_capacity is not None,
-        _routing_us(config),
+        _routing_us(config, ranks),
     )
 
 
@@ -168,7 +170,7 @@ def _two_level(config: Config, columns: int) -> Estimate:
         by_rows + by_columns,
         queries / tokens,
         p.exchange_capacity is not None,
-        _routing_us(config),
+        _routing_us(config, owners),
     )
 
 
@@ -190,8 +192,10 @@ def _columns_messages(config: Config) -> int:
     return COLUMNS_MESSAGES if pre_value_dim(config.model.memory) else COLUMNS_MESSAGES_WITHOUT_DOTS
 
 
-def _routing_us(config: Config) -> float:
-    return tokens_per_rank(config) * widths(config).top_m * ROUTING_NS / 1e3
+def _routing_us(config: Config, ranks: int) -> float:
+    """Of the exchange by rows between `ranks`."""
+    each = PASSING_NS * ranks if rows_hold_all(config, ranks) else ROUTING_NS
+    return tokens_per_rank(config) * widths(config).top_m * each / 1e3
 
 
 def rows_messages(config: Config, ranks: int) -> int:

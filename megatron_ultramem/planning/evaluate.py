@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_ultramem.config.schema import Config, ParallelConfig
@@ -19,6 +21,7 @@ from megatron_ultramem.planning.workload import Workload
 # (name, train.recompute, model.memory.recompute), lightest first.
 RECOMPUTE_MODES = (("none", "none", False), ("selective", "selective", False), ("memory", "none", True),
                    ("full", "full", False))  # fmt: skip
+ONE_GROUPED_GEMM = "NVTE_USE_CUTLASS_GROUPED_GEMM"  # variable that Transformer Engine reads
 # Settings of `parallel` that follow from the layout, and are named where a config has them otherwise.
 FOLLOWING = ("sequence_parallel", "overlap_p2p", "memory_columns", "exchange_capacity", "overlap_exchange")
 
@@ -77,8 +80,12 @@ class Evaluator:
         modes: names of the recompute modes that the model can be trained in, lightest first.
     """
 
-    def __init__(self, config: Config, vocab_size: int, cluster: Cluster) -> None:
-        """Raises ConfigError for what is wrong with the config in its own layout and without any alike."""
+    def __init__(
+        self, config: Config, vocab_size: int, cluster: Cluster, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        """Raises ConfigError for what is wrong with the config in its own layout and without any alike.
+
+        `environment`: variables that a run would have."""
         self.cluster = cluster
         legal = _legal_somehow(config)
         if config.train.fp8.recipe != "none" and not cluster.fp8_times:
@@ -87,7 +94,7 @@ class Evaluator:
                 "(cluster.fp8_times = 0); legal: none"
             )
         self.work = Workload(config.model, vocab_size, config.data.sequence_length)
-        self.times = TimeModel(self.work, cluster)
+        self.times = TimeModel(self.work, cluster, one_grouped_gemm=environment.get(ONE_GROUPED_GEMM) == "1")
         # Planned for GPUs with Transformer Engine and the kernels, unless the config says otherwise.
         self.backend = "local" if config.model.backend == "local" else "transformer_engine"
         self.fused = config.model.memory.kernels != "reference"

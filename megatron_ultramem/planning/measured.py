@@ -14,7 +14,7 @@ from megatron_ultramem.config.schema import Config
 from megatron_ultramem.planning.clusters import load_cluster
 from megatron_ultramem.planning.evaluate import Evaluation
 from megatron_ultramem.planning.memory import GIB
-from megatron_ultramem.planning.scaling import case_named, evaluate, predicted_again
+from megatron_ultramem.planning.scaling import CUTLASS, case_named, evaluate, predicted_again
 from megatron_ultramem.results import Row
 
 FAST, FAST_FP8 = "preset=throughput", "preset=throughput_fp8"
@@ -94,7 +94,9 @@ class MeasuredRun:
     def plan(self, root: Path) -> Evaluation:
         """What the planner says of it."""
         name, _, gpus = self.hardware.partition("x")
-        return evaluate(load_config(root / self.config, self.settings), int(gpus or 1), load_cluster(name))
+        environment = [CUTLASS] if "cutlass" in self.case else []
+        config = load_config(root / self.config, self.settings)
+        return evaluate(config, int(gpus or 1), load_cluster(name), environment)
 
 
 @dataclass(frozen=True)

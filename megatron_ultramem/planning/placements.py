@@ -7,7 +7,14 @@ from rich.table import Table
 
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.memory.geometry import plan_pools
-from megatron_ultramem.parallel.cost_model import ROUTING_NS, choose, estimates, tokens_per_rank, widths
+from megatron_ultramem.parallel.cost_model import (
+    PASSING_NS,
+    ROUTING_NS,
+    choose,
+    estimates,
+    tokens_per_rank,
+    widths,
+)
 
 
 def print_placements(config: Config, console: Console) -> None:
@@ -29,7 +36,7 @@ def print_placements(config: Config, console: Console) -> None:
         f"a memory layer, per micro-batch of {tokens_per_rank(config)} tokens a rank; bytes a rank receives, if rows "
         f"are used evenly; {p.intra_node_gb_per_s:g} GB/s within {p.ranks_per_node} ranks of a node, "
         f"{p.inter_node_gb_per_s:g} GB/s between nodes, {p.exchange_latency_us:g} us a message, {ROUTING_NS:g} ns to "
-        "send a row to its owner"
+        f"send a row to its owner, {PASSING_NS:g} ns for each that comes where all go to all ranks"
     )
     table = Table("placement", "forward", "backward", "a token", "time", "remark")
     chosen = choose(config)

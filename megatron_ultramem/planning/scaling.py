@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
 from megatron_ultramem.errors import ConfigError, UserError
 from megatron_ultramem.planning.clusters import Cluster
-from megatron_ultramem.planning.evaluate import Evaluation, Evaluator, on_cluster
+from megatron_ultramem.planning.evaluate import ONE_GROUPED_GEMM, Evaluation, Evaluator, on_cluster
 from megatron_ultramem.planning.memory import GIB
 from megatron_ultramem.results import Row
 
@@ -33,7 +33,7 @@ GRAPHS = ("train.cuda_graphs=layers", "train.fused_weight_gradients=false")
 SEGMENTS = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # Graphs beside it: NCCL would register their memory, which may be mapped elsewhere later.
 UNREGISTERED = ("NCCL_GRAPH_REGISTER", "0")
-CUTLASS = ("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")  # one launch for all experts, where cuBLAS has one for each
+CUTLASS = (ONE_GROUPED_GEMM, "1")  # one launch for all experts, where cuBLAS has one for each
 # Tables that fill a GPU: their moments do not fit into pieces that the first backward pass leaves.
 NO_PIECES = (SEGMENTS, UNREGISTERED)
 
@@ -194,7 +194,7 @@ def predicted_again(rows: Sequence[Row], recipes: Path, cluster: Cluster) -> lis
             continue
         layers = [f"model.num_layers={row.value:.0f}" for row in own if row.metric == "layers"]
         config = load_config(case.path(recipes), [*case.settings(recipes, [UNUSED_DATA]), *layers])
-        found += beside_the_plan(case, evaluate(config, case.ranks, cluster), own)
+        found += beside_the_plan(case, evaluate(config, case.ranks, cluster, case.way.environment), own)
     return found
 
 
@@ -216,7 +216,7 @@ def plan_of(recipes: Path, overrides: Sequence[str], case: Case, cluster: Cluste
     for layers in choices:
         model = dataclasses.replace(model, num_layers=layers)
         try:
-            last = evaluate(dataclasses.replace(config, model=model), case.ranks, cluster)
+            last = evaluate(dataclasses.replace(config, model=model), case.ranks, cluster, case.way.environment)
         except ConfigError as error:
             problem = error
             continue
@@ -228,10 +228,10 @@ def plan_of(recipes: Path, overrides: Sequence[str], case: Case, cluster: Cluste
     return [*settings, f"model.num_layers={last.config.model.num_layers}"], last
 
 
-def evaluate(config: Config, ranks: int, cluster: Cluster) -> Evaluation:
+def evaluate(config: Config, ranks: int, cluster: Cluster, environment: Iterable[tuple[str, str]] = ()) -> Evaluation:
     planned = on_cluster(config, cluster)
     assert config.model.vocab_size is not None, "the recipes name it"
-    evaluator = Evaluator(planned, config.model.vocab_size, cluster)
+    evaluator = Evaluator(planned, config.model.vocab_size, cluster, dict(environment))
     if problem := evaluator.problem(planned, ranks):
         raise ConfigError(problem)
     return evaluator.evaluate(planned, ranks)

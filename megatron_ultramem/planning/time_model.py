@@ -50,8 +50,10 @@ class StepTime:
 class TimeModel:
     """Times of one model on one cluster."""
 
-    def __init__(self, work: Workload, cluster: Cluster) -> None:
+    def __init__(self, work: Workload, cluster: Cluster, *, one_grouped_gemm: bool = False) -> None:
+        """`one_grouped_gemm`: one launch computes all experts of a rank, not one each."""
         self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster)
+        self.one_grouped_gemm = one_grouped_gemm
         flops = sum(
             f.attention_projections + f.attention_scores + f.ffn + f.moe + (f.memory.total if f.memory else 0.0)
             for f in (layer.flops for layer in work.layers)
@@ -140,10 +142,11 @@ class TimeModel:
         p = layer.parameters
         if config.train.cuda_graphs == "full":  # two for the whole model
             return 0.0
-        experts = c.EXPERT_LAUNCHES * self.work.model.moe.num_experts // layout.expert_group
-        experts += c.DISPATCH_LAUNCHES if layout.expert_group > 1 else 0
+        experts = 0.0 if self.one_grouped_gemm else c.EXPERT_LAUNCHES * self._experts(layout)
+        if layout.expert_group > 1 and self.work.model.moe.dispatcher != "allgather":
+            experts += c.DISPATCH_LAUNCHES
         if config.train.cuda_graphs == "layers":
-            return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES / 2 + experts if layer.has_moe else 0)
+            return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES * c.MOE_UNRECORDED + experts if layer.has_moe else 0)
         number: float = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
         if layout.fp8 is not None:
             number += c.FP8_LAUNCHES * layout.fp8.share * linears_of_block(layer, layout.fp8)
@@ -154,6 +157,10 @@ class TimeModel:
         if layer.has_moe:
             number += c.MOE_LAUNCHES + experts
         return number
+
+    def _experts(self, layout: Layout) -> float:
+        """Of a block with an MoE, on a rank."""
+        return self.work.model.moe.num_experts / layout.expert_group
 
     def _end_of_step(
         self, config: Config, layout: Layout, links: Links, stage: Stage, forward: Times, backward: Times
@@ -173,7 +180,8 @@ class TimeModel:
         own = kept.dense / shards + (kept.experts + kept.tables) / table_shards - on_host
         # The next forward pass waits for the host in the first layer that looks up in a table, mostly one of the first.
         adam = self.kernels.adam(own, kept.total) + on_host / c.HOST_ADAM_RATE
-        host = stage.num_layers * c.STEP_LAUNCHES * self.cluster.launch_us / 1e6
+        experts = c.EXPERT_STEP_LAUNCHES * self._experts(layout) * sum(n for layer, n in stage.layers if layer.has_moe)
+        host = (stage.num_layers * c.STEP_LAUNCHES + experts) * self.cluster.launch_us / 1e6
         adam += self.kernels.copies(layout, kept.tables)
         return Times(gradient_comm=gradients + parameters, optimizer=adam + host)
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_ultramem.cli import main
 from megatron_ultramem.config import load_config
 from megatron_ultramem.config.schema import Config
-from megatron_ultramem.parallel.cost_model import ROUTING_NS, choose, estimates, shard_width
+from megatron_ultramem.parallel.cost_model import PASSING_NS, ROUTING_NS, choose, estimates, shard_width
 
 WIDE = ["model.memory.value_dim=768", "model.memory.pre_value_dim=768"]
 FAST_MESSAGES = "parallel.exchange_latency_us=0"
@@ -15,6 +15,9 @@ FAST_MESSAGES = "parallel.exchange_latency_us=0"
 
 def config(ranks: int, *settings: str) -> Config:
     return load_config(None, [f"parallel.memory_parallel_size={ranks}", *settings])
+
+
+ALL_FIT = ("parallel.memory_placement=rows", "parallel.exchange_capacity=1e9")
 
 
 def test_one_rank_is_replicated() -> None:
@@ -32,6 +35,8 @@ def test_the_work_of_sending_rows_to_their_owners_counts() -> None:
     rows = 32 * 4096  # of a micro-batch
     assert found["rows"].routing_us == pytest.approx(rows * ROUTING_NS / 1e3)
     assert found["columns"].routing_us == 0
+    static = {one.placement: one for one in estimates(config(2, FAST_MESSAGES, *ALL_FIT))}
+    assert static["rows"].routing_us == pytest.approx(2 * rows * PASSING_NS / 1e3)
     # Over fast links rows receive fewer bytes and are slower all the same.
     many = {one.placement: one for one in estimates(config(8, *WIDE, "model.memory.top_m=768", FAST_MESSAGES))}
     assert many["rows"].microseconds < many["columns"].microseconds
