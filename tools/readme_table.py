@@ -319,7 +319,7 @@ def _measured_before(content: dict[str, Any], shown: set[str]) -> str:
     lines = [
         f"\nMeasured before, at commit {call['commit']}: {', '.join(f'`{case}`' for case in sorted(own))}.\n"
         for call in content.get("earlier", ())
-        if (own := shown.intersection(call["cases"]))
+        if call["commit"] != content["commit"] and (own := shown.intersection(call["cases"]))
     ]
     return "".join(lines)
 
