@@ -50,17 +50,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[GROUPS].unlink(missing_ok=True)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, object, object]:
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue
         item.add_marker(pytest.mark.skipif(_gpus() == 0, reason="needs a CUDA GPU"))
         if item.get_closest_marker("two_gpus"):
             item.add_marker(pytest.mark.skipif(_gpus() < 2, reason="needs two GPUs"))
+    result = yield  # those that -m leaves out are gone
     if hasattr(config, "workerinput"):
         tell_groups([item for item in items if item.get_closest_marker("gpu")], Path(config.workerinput["groups"]))
         if config.workerinput["longest_first"]:
             items[:] = longest_first(items, int(os.environ[PROCESSES]))
+    return result
 
 
 class Failures:

@@ -47,7 +47,7 @@ def longest_first(items: Sequence[pytest.Item], processes: int) -> list[pytest.I
     alone, because they wait until nothing else is left.
 
     Each of several processes is dealt a second group at once where its first has no more than two tests, and keeps it
-    back until that is done: behind the longest groups wait the shortest."""
+    back until that is done: behind the first, which are the longest, wait the shortest."""
     seconds: dict[str, float] = {}
     tests: dict[str, int] = {}
     for item in items:

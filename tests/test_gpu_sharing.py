@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
-from tests.gpu_sharing import WORKER, in_turn, longest_first, prepare_process, tell_groups
+from tests import conftest
+from tests.gpu_sharing import PROCESSES, WORKER, in_turn, prepare_process, tell_groups
 
 SECONDS = 30.0
 
@@ -94,6 +97,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMED = """
 import pytest
 
+pytestmark = pytest.mark.gpu
+
 @pytest.fixture(scope="module")
 def shared(): ...
 
@@ -108,33 +113,43 @@ def test_many(shared, number): ...
 @pytest.mark.seconds(30)
 def test_thirty(): ...
 def test_another(shared): ...
+@pytest.mark.two_gpus
+@pytest.mark.seconds(25)
+def test_left_out(): ...
 """
 
 
-def collected(folder: Path, processes: int) -> list[str]:
+def collected(folder: Path) -> list[str]:
+    """Names of tests in the order in which a process of several gets them, without those on two GPUs."""
     found: list[pytest.Item] = []
 
-    class Order:
-        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-            items[:] = longest_first(items, processes)
+    class Process:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_collection_modifyitems(
+            self, config: Any, items: list[pytest.Item]
+        ) -> Generator[None, object, object]:
+            config.workerinput = {"groups": str(folder / "groups.json"), "longest_first": True}
+            result = yield from conftest.pytest_collection_modifyitems(config, items)
             found.extend(items)
+            return result
 
-    code = pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", str(folder)], plugins=[Order()])
-    assert code == 0
+    arguments = ["-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not two_gpus", str(folder)]
+    assert pytest.main(arguments, plugins=[Process()]) == 0
     return [item.name for item in found]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 20])
 def test_long_tests_begin_first_with_the_shortest_behind_them_and_those_alone_last(
-    tmp_path: Path, processes: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int
 ) -> None:
-    """A group counts with all of its tests, also those that say nothing of their time; behind it nothing waits."""
+    """A group counts with all of its tests, also those that say nothing of their time; behind it nothing waits. Tests
+    that are left out are in nobody's place."""
     (tmp_path / f"test_timed_{processes}.py").write_text(TIMED)
+    monkeypatch.setenv(PROCESSES, str(processes))
     group = [*(f"test_many[{number}]" for number in range(8)), "test_another"]
-    others = ["test_one", *group, "test_twenty"] if processes < 3 else [*group, "test_twenty", "test_one"]
-    if processes == 2:
-        others = [*group, "test_one", "test_twenty"]
-    assert collected(tmp_path, processes) == ["test_thirty", *others, "test_alone"]
+    others = {1: ["test_one", *group, "test_twenty"], 2: [*group, "test_one", "test_twenty"]}
+    expected = others.get(processes, [*group, "test_twenty", "test_one"])
+    assert collected(tmp_path) == ["test_thirty", *expected, "test_alone"]
 
 
 CUT = """

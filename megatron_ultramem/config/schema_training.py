@@ -212,8 +212,9 @@ class TrainConfig:
     )
     gc_interval: int = setting(
         0,
-        "Python looks for garbage after every N steps, on all ranks after the same one. 0: whenever it wants, on each "
-        "rank at another time, for which the others wait; it wants more often the more the host does (without graphs).",
+        "Python's garbage collection runs after every N steps, on all ranks after the same one; tensors in cycles stay "
+        "until then. 0: whenever Python wants, on each rank at another time, for which the others wait; it wants more "
+        "often the more the host does (without CUDA graphs).",
         minimum=0,
     )
     eval_interval: int = setting(0, "Evaluate every N steps; 0: only at the end.", minimum=0)

@@ -30,7 +30,7 @@ ROWS_MESSAGES_WITHOUT_WAIT = 4  # with room for all rows
 # 524,288 rows a layer took 34 to 42 ms longer in 20 layers than without an exchange (memory_parallel_h200x2.json).
 ROUTING_NS = 3.5
 # For a row number that a rank gets where all of them go to all ranks: the lookup passes over those of others. With 2.1
-# million a layer a micro-batch of 16 layers took 19 ms longer than by columns (scaling_h200x2.json).
+# million a layer, of two ranks, a micro-batch of 16 layers took 19 ms longer than by columns (scaling_h200x2.json).
 PASSING_NS = 0.6
 
 
@@ -193,9 +193,11 @@ def _columns_messages(config: Config) -> int:
 
 
 def _routing_us(config: Config, ranks: int) -> float:
-    """Of the exchange by rows between `ranks`."""
-    each = PASSING_NS * ranks if rows_hold_all(config, ranks) else ROUTING_NS
-    return tokens_per_rank(config) * widths(config).top_m * each / 1e3
+    """Of the exchange by rows between `ranks`, which each may share their rows with others by columns."""
+    w, capacity, tokens = widths(config), config.parallel.exchange_capacity, tokens_per_rank(config)
+    to_all = capacity is not None and Capacity(capacity, tokens, w.blocks).to_all(ranks)
+    each = PASSING_NS * config.parallel.memory_parallel_size if to_all else ROUTING_NS
+    return tokens * w.top_m * each / 1e3
 
 
 def rows_messages(config: Config, ranks: int) -> int:

@@ -21,7 +21,9 @@ from megatron_ultramem.planning.workload import Workload
 # (name, train.recompute, model.memory.recompute), lightest first.
 RECOMPUTE_MODES = (("none", "none", False), ("selective", "selective", False), ("memory", "none", True),
                    ("full", "full", False))  # fmt: skip
-ONE_GROUPED_GEMM = "NVTE_USE_CUTLASS_GROUPED_GEMM"  # variable that Transformer Engine reads
+# Variable that Transformer Engine reads on Hopper: CUTLASS's grouped GEMM, where the products of all experts have the
+# same inner dimension, as those for gradients of weights have not.
+ONE_GROUPED_GEMM = "NVTE_USE_CUTLASS_GROUPED_GEMM"
 # Settings of `parallel` that follow from the layout, and are named where a config has them otherwise.
 FOLLOWING = ("sequence_parallel", "overlap_p2p", "memory_columns", "exchange_capacity", "overlap_exchange")
 
@@ -94,9 +96,10 @@ class Evaluator:
                 "(cluster.fp8_times = 0); legal: none"
             )
         self.work = Workload(config.model, vocab_size, config.data.sequence_length)
-        self.times = TimeModel(self.work, cluster, one_grouped_gemm=environment.get(ONE_GROUPED_GEMM) == "1")
         # Planned for GPUs with Transformer Engine and the kernels, unless the config says otherwise.
         self.backend = "local" if config.model.backend == "local" else "transformer_engine"
+        one_grouped_gemm = self.backend != "local" and environment.get(ONE_GROUPED_GEMM) == "1"
+        self.times = TimeModel(self.work, cluster, one_grouped_gemm=one_grouped_gemm)
         self.fused = config.model.memory.kernels != "reference"
         names = [name for name, *_ in RECOMPUTE_MODES if self.work.pools or name != "memory"]
         self.modes = [name for name in names if not _problem(with_recompute(legal, name))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,12 +212,13 @@ def plan_of(recipes: Path, overrides: Sequence[str], case: Case, cluster: Cluste
         choices = list(range(model.num_layers, 0, -(model.memory.share_size if model.memory.sharing == "block" else 1)))
     else:
         choices = [model.num_layers]
+    environment = {**dict(case.way.environment), **os.environ}.items()  # what is set already stays
     problem: ConfigError | None = None
     last: Evaluation | None = None
     for layers in choices:
         model = dataclasses.replace(model, num_layers=layers)
         try:
-            last = evaluate(dataclasses.replace(config, model=model), case.ranks, cluster, case.way.environment)
+            last = evaluate(dataclasses.replace(config, model=model), case.ranks, cluster, environment)
         except ConfigError as error:
             problem = error
             continue

@@ -51,7 +51,8 @@ class TimeModel:
     """Times of one model on one cluster."""
 
     def __init__(self, work: Workload, cluster: Cluster, *, one_grouped_gemm: bool = False) -> None:
-        """`one_grouped_gemm`: one launch computes all experts of a rank, not one each."""
+        """`one_grouped_gemm`: one launch computes all experts of a rank in bf16, not one each, but for gradients of
+        weights."""
         self.work, self.cluster, self.kernels = work, cluster, KernelTimes(work, cluster)
         self.one_grouped_gemm = one_grouped_gemm
         flops = sum(
@@ -142,11 +143,13 @@ class TimeModel:
         p = layer.parameters
         if config.train.cuda_graphs == "full":  # two for the whole model
             return 0.0
-        experts = 0.0 if self.one_grouped_gemm else c.EXPERT_LAUNCHES * self._experts(layout)
+        experts = c.EXPERT_LAUNCHES * self._experts(layout)
+        if self.one_grouped_gemm and layout.fp8 is None:
+            experts *= c.OF_WEIGHT_GRADIENTS
         if layout.expert_group > 1 and self.work.model.moe.dispatcher != "allgather":
             experts += c.DISPATCH_LAUNCHES
         if config.train.cuda_graphs == "layers":
-            return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES * c.MOE_UNRECORDED + experts if layer.has_moe else 0)
+            return c.GRAPH_LAUNCHES + (c.MOE_LAUNCHES + experts if layer.has_moe else 0)
         number: float = c.BLOCK_LAUNCHES + (c.FFN_LAUNCHES if p.ffn else 0)
         if layout.fp8 is not None:
             number += c.FP8_LAUNCHES * layout.fp8.share * linears_of_block(layer, layout.fp8)

@@ -1,8 +1,8 @@
-"""When Python looks for garbage: on all ranks after the same step, instead of anywhere in one.
+"""Python's garbage collection: on all ranks after the same step, instead of anywhere in one.
 
-Of itself Python looks whenever enough objects have come into being, which every operation without a CUDA graph makes
-some of. A search through all of them takes a tenth of a second and more; it comes on every rank at another time, and
-the others wait for that rank in their next collective.
+Of itself Python looks for garbage whenever enough objects have come into being, which every operation without a CUDA
+graph makes some of. A search through all of them comes on every rank at another time, and the others wait for that rank
+in their next collective.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def collected_every(interval: int) -> Iterator[Callable[[int], None]]:
-    """Within it Python looks for garbage only when the function that it yields is called with the number of a step that
-    `interval` divides, and not among the objects that were there before. 0: whenever Python wants, as before."""
+    """Within it Python looks for garbage by itself only when the function that it yields is called with the number of a
+    step that `interval` divides, and not among the objects that were there before. 0: whenever Python wants."""
     if not interval:
         yield lambda step: None
         return
@@ -24,13 +24,15 @@ def collected_every(interval: int) -> Iterator[Callable[[int], None]]:
         if step % interval == 0:
             gc.collect()
 
-    was_enabled = gc.isenabled()
+    was_enabled, frozen_before = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()
+    if not frozen_before:
+        gc.freeze()
     gc.disable()
     try:
         yield end_step
     finally:
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()

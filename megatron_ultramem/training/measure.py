@@ -69,9 +69,10 @@ class Timing:
 
 
 def timing(run: Run, action: Callable[[], object], repeats: int) -> Timing:
-    """Times of an action, waiting for the device."""
+    """Times of an action, waiting for the device. Where `train.gc_interval` is longer, the last has a search for
+    garbage, so that it does not look free."""
     seconds = []
-    with collected_every(run.config.train.gc_interval) as collect:
+    with collected_every(min(run.config.train.gc_interval, repeats)) as collect:
         for number in range(repeats):
             wait(run.platform.device)
             began = time.perf_counter()

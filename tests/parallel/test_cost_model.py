@@ -17,9 +17,6 @@ def config(ranks: int, *settings: str) -> Config:
     return load_config(None, [f"parallel.memory_parallel_size={ranks}", *settings])
 
 
-ALL_FIT = ("parallel.memory_placement=rows", "parallel.exchange_capacity=1e9")
-
-
 def test_one_rank_is_replicated() -> None:
     assert choose(config(1)).placement == "replicated"
 
@@ -35,12 +32,24 @@ def test_the_work_of_sending_rows_to_their_owners_counts() -> None:
     rows = 32 * 4096  # of a micro-batch
     assert found["rows"].routing_us == pytest.approx(rows * ROUTING_NS / 1e3)
     assert found["columns"].routing_us == 0
-    static = {one.placement: one for one in estimates(config(2, FAST_MESSAGES, *ALL_FIT))}
-    assert static["rows"].routing_us == pytest.approx(2 * rows * PASSING_NS / 1e3)
     # Over fast links rows receive fewer bytes and are slower all the same.
     many = {one.placement: one for one in estimates(config(8, *WIDE, "model.memory.top_m=768", FAST_MESSAGES))}
     assert many["rows"].microseconds < many["columns"].microseconds
     assert many["rows"].total_us > many["columns"].total_us
+
+
+def test_rows_that_all_ranks_get_are_passed_over_but_not_sent_to_their_owners() -> None:
+    def routing_us(ranks: int, placement: str, *settings: str) -> float:
+        placed = f"parallel.memory_placement={placement}"
+        return choose(config(ranks, FAST_MESSAGES, "parallel.exchange_capacity=1e9", placed, *settings)).routing_us
+
+    rows = 32 * 4096
+    assert routing_us(2, "rows") == pytest.approx(2 * rows * PASSING_NS / 1e3)
+    # Each of the two that own a row gets the rows of the four that share them.
+    assert routing_us(8, "two_level", "parallel.memory_columns=4") == pytest.approx(8 * rows * PASSING_NS / 1e3)
+    # Where lookups share a token's rows, a rank sends each to its owner.
+    shared = routing_us(2, "rows", "model.memory.kind=ultramem")
+    assert shared == pytest.approx(rows * ROUTING_NS / 1e3)
 
 
 def test_latency_favours_the_exchange_with_fewer_messages() -> None:

@@ -30,9 +30,15 @@ def launches(longer: Evaluation, shorter: Evaluation) -> float:
     return (longer.time.seconds - shorter.time.seconds) * 1e6 / load_cluster("h200").launch_us
 
 
-def test_one_launch_for_all_experts_spares_those_of_each() -> None:
+def test_one_launch_for_all_experts_spares_those_of_each_but_for_gradients_of_weights() -> None:
     spared = launches(plan(), plan(**ONE_LAUNCH))
-    assert spared == pytest.approx(MICRO_BATCHES * LAYERS * EXPERTS * c.EXPERT_LAUNCHES)
+    of_each = MICRO_BATCHES * LAYERS * EXPERTS * c.EXPERT_LAUNCHES
+    assert spared == pytest.approx(of_each * (1 - c.OF_WEIGHT_GRADIENTS))
+
+
+def test_one_launch_for_all_experts_is_not_for_fp8() -> None:
+    fp8 = "train.fp8.recipe=tensorwise"
+    assert launches(plan(fp8), plan(fp8, **ONE_LAUNCH)) == 0
 
 
 def test_experts_on_two_ranks_are_half_as_many_with_an_exchange_of_tokens() -> None:
