@@ -194,10 +194,10 @@ def _columns_messages(config: Config) -> int:
 
 def _routing_us(config: Config, ranks: int) -> float:
     """Of the exchange by rows between `ranks`, which each may share their rows with others by columns."""
-    w, capacity, tokens = widths(config), config.parallel.exchange_capacity, tokens_per_rank(config)
-    to_all = capacity is not None and Capacity(capacity, tokens, w.blocks).to_all(ranks)
+    capacity = _capacity(config)
+    to_all = capacity is not None and capacity.to_all(ranks)
     each = PASSING_NS * config.parallel.memory_parallel_size if to_all else ROUTING_NS
-    return tokens * w.top_m * each / 1e3
+    return tokens_per_rank(config) * widths(config).top_m * each / 1e3
 
 
 def rows_messages(config: Config, ranks: int) -> int:
@@ -207,17 +207,22 @@ def rows_messages(config: Config, ranks: int) -> int:
 
 def rows_hold_all(config: Config, ranks: int) -> bool:
     """Whether parallel.exchange_capacity leaves nothing to a second round, and the host nothing to wait for."""
+    capacity = _capacity(config)
+    return capacity is not None and capacity.holds_all(ranks)
+
+
+def _capacity(config: Config) -> Capacity | None:
+    """Of the exchange by rows; None: sizes follow the rows."""
     factor = config.parallel.exchange_capacity
-    return factor is not None and Capacity(factor, tokens_per_rank(config)).holds_all(ranks)
+    return None if factor is None else Capacity(factor, tokens_per_rank(config), widths(config).blocks)
 
 
 def _by_rows(config: Config, ranks: int) -> tuple[tuple[int, int], float]:
     """(bytes received forward and backward, queries that a rank makes) of the exchange by rows between `ranks`."""
-    capacity, tokens, w = config.parallel.exchange_capacity, tokens_per_rank(config), widths(config)
-    if capacity is None:
+    static, tokens, w = _capacity(config), tokens_per_rank(config), widths(config)
+    if static is None:
         made = ranks * expected_queries(ranks, w.blocks * tokens, w.top_m / w.blocks)
         return expected_rows_bytes(w, ranks, tokens), made
-    static = Capacity(capacity, tokens, w.blocks)
     if static.to_all(ranks):
         return rows_to_all_bytes(w, ranks, tokens), float(ranks * tokens)
     slots = static.slots(w.top_m, ranks)
