@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws what tools/fp8_curves.py measured: losses, their distance from bf16, and gradient norms.
+"""Draws what tools/fp8_curves.py measured: losses, their distance from bf16, where each seed ended, and gradient norms.
 
     python tools/draw_fp8_curves.py benchmarks/results/fp8_curves_h200.json docs/fp8_curves_h200.png
 
@@ -23,6 +23,7 @@ from megatron_ultramem.reporting.figure import COLORS, INK
 
 Curve = dict[int, float]  # by step
 Curves = dict[str, dict[str, dict[str, Curve]]]  # by variant, seed, and what it is of
+Ends = dict[str, dict[str, float]]  # by variant and seed: mean loss of the last steps
 SMOOTHED = 3  # points of the distance from bf16 that a line averages over
 
 
@@ -34,38 +35,43 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: draw(*read(args.results)).savefig(args.picture, dpi=110))
 
 
-def read(path: Path) -> tuple[str, Curves, dict[str, str]]:
-    """Hardware; losses and gradient norms of every variant and seed; how far each variant ended from bf16, in words."""
+def read(path: Path) -> tuple[str, Curves, Ends, dict[str, str]]:
+    """Hardware; losses and gradient norms of every variant and seed; where each ended; how far each variant ended from
+    bf16, in words."""
     try:
         content = json.loads(path.read_text())
         hardware, rows = content["hardware"], content["rows"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}; legal: a results file of tools/fp8_curves.py") from None
     curves: Curves = {}
-    ends = {}
+    ends: Ends = {}
+    said = {}
     for row in rows:
         variant, _, seed = row["case"].partition("/seed_")
         what, _, step = row["metric"].rpartition("_step_")
         if what and seed:
             curves.setdefault(variant, {}).setdefault(seed, {}).setdefault(what, {})[int(step)] = row["value"]
+        elif row["metric"] == "loss_last_20" and seed:
+            ends.setdefault(variant, {})[seed] = row["value"]
         elif row["metric"] == "loss_against_bf16":
-            ends[row["case"]] = f"{row['value']:+.2f} %"
+            said[row["case"]] = f"{row['value']:+.2f} %"
         elif row["metric"] == "loss_against_bf16_error":
-            ends[row["case"]] += f" ± {row['value']:.2f}"
+            said[row["case"]] += f" ± {row['value']:.2f}"
     if "bf16" not in curves:
         raise UserError(f"{path}: holds {', '.join(curves) or 'no curves'}; legal: a file with the variant bf16")
-    return hardware, curves, ends
+    return hardware, curves, ends, said
 
 
-def draw(hardware: str, curves: Curves, ends: dict[str, str]) -> Figure:
-    figure = Figure(figsize=(13, 4), facecolor="white", layout="constrained")
+def draw(hardware: str, curves: Curves, ends: Ends, said: dict[str, str]) -> Figure:
+    figure = Figure(figsize=(14, 4.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    loss, distance, norm = figure.subplots(1, 3)
+    loss, distance, end, norm = figure.subplots(1, 4, width_ratios=[4, 4, 3, 4])
     shared = set.intersection(*(set(seeds) for seeds in curves.values())) or set(curves["bf16"])
+    columns = 0  # of the seeds' ends
     for (name, seeds), color in zip(curves.items(), COLORS, strict=False):
         style = {"color": color, "linewidth": 1.2}
         known = f", {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        label = name if name == "bf16" or name not in ends else f"{name} ({ends[name]} at the end{known})"
+        label = name if name == "bf16" or name not in said else f"{name} ({said[name]} at the end{known})"
         drawn = [seeds[seed] for seed in sorted(shared & set(seeds) or seeds)]
         loss.plot(*_points(_mean([one["loss"] for one in drawn])), label=label, **style)
         norm.plot(*_points(_mean([one["grad_norm"] for one in drawn])), **style)
@@ -73,15 +79,23 @@ def draw(hardware: str, curves: Curves, ends: dict[str, str]) -> Figure:
         if name != "bf16" and both:
             distances = [_distance(seeds[seed]["loss"], curves["bf16"][seed]["loss"]) for seed in both]
             distance.plot(*_points(_mean(distances)), **style)
+            known_ends, bf16_ends = ends.get(name, {}), ends.get("bf16", {})
+            of_seeds = [100 * (known_ends[seed] / bf16_ends[seed] - 1) for seed in known_ends if seed in bf16_ends]
+            end.plot([columns] * len(of_seeds), of_seeds, "o", color=color, markersize=4, alpha=0.6)
+            columns += 1
     loss.set_yscale("log")
     norm.set_yscale("log")
-    loss.legend(fontsize=7)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     distance.axhline(0, color=INK, linewidth=0.6)
-    titles = ("training loss (nats per token)", "distance of the loss from bf16 (%)", "gradient norm")
-    for axes, title in zip((loss, distance, norm), titles, strict=True):
+    end.axhline(0, color=INK, linewidth=0.6)
+    end.set_xlim(-0.5, columns - 0.5)
+    end.set_xticks([])
+    titles = ("training loss (nats/token)", "distance from bf16 (%)", "of each seed at the end (%)", "gradient norm")
+    for axes, title in zip((loss, distance, end, norm), titles, strict=True):
         axes.set_title(title, fontsize=10, color=INK)
-        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
+        if axes is not end:
+            axes.set_xlabel("step")
     figure.suptitle(f"{hardware}, the same weights and data", fontsize=9, color=INK)
     return figure
 

@@ -45,6 +45,8 @@ VARIANTS = {
     "fp8_tables": ["model.memory.table_read=fp8"],
     "fp8_delayed": ["train.fp8.recipe=delayed"],
     "fp8_blockwise": ["train.fp8.recipe=blockwise"],
+    "fp8_tensorwise_ends_bf16": ["train.fp8.recipe=tensorwise", "train.fp8.first_last_layers_bf16=true"],
+    "fp8_tensorwise_projections_bf16": ["train.fp8.recipe=tensorwise", "train.fp8.memory_projections=false"],
     "fp8_tensorwise_tables": ["train.fp8.recipe=tensorwise", "model.memory.table_read=fp8"],
 }
 LAST = 20  # steps whose mean loss is compared

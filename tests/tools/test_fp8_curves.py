@@ -64,10 +64,10 @@ def test_a_results_file_is_drawn_with_what_it_holds(tmp_path: Path, capsys: pyte
     (tmp_path / "curves.json").write_text(json.dumps({"hardware": "a GPU", "rows": rows}))
     assert draw.main([str(tmp_path / "curves.json"), str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 10000
-    hardware, found, ends = draw.read(tmp_path / "curves.json")
-    loss, distance, _ = draw.draw(hardware, found, ends).axes
+    loss, distance, end, _ = draw.draw(*draw.read(tmp_path / "curves.json")).axes
     assert loss.get_legend_handles_labels()[1] == ["bf16", "fp8_tables (+0.09 % at the end, 1 seed)"]
     assert min(distance.lines[0].get_ydata()) > 0 and max(distance.lines[0].get_ydata()) < 0.1
+    assert list(end.lines[0].get_ydata()) == pytest.approx([100 * 0.001 / 1.13616], rel=1e-4)
     assert max(loss.lines[0].get_ydata()) == pytest.approx(5.0)
     (tmp_path / "other.json").write_text(json.dumps({"hardware": "a GPU", "rows": []}))
     assert draw.main([str(tmp_path / "other.json"), str(tmp_path / "x.png")]) == 2
