@@ -123,18 +123,22 @@ def _all_curves(runs: list[str], gpus: list[str], limit: float) -> Iterator[tupl
             command = [sys.executable, *sys.argv, "--only", run]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, env=environment)
-            curve: Curve = json.loads(done.stdout.splitlines()[-1])
-            return curve
+            read: Curve = json.loads(done.stdout.splitlines()[-1])
+            return read
         finally:
             free.put(gpu)
 
     with ThreadPoolExecutor(len(gpus)) as workers:
         futures = {workers.submit(train, run): run for run in runs}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-                yield futures[future], error
+        try:
+            for future in as_completed(futures):
+                try:
+                    curve: Curve | Exception = future.result()
+                except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
+                    curve = error
+                yield futures[future], curve
+        finally:
+            workers.shutdown(wait=False, cancel_futures=True)  # interrupted: nothing new begins
 
 
 def figures_of(curve: Curve) -> Figures:

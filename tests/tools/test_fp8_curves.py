@@ -90,6 +90,18 @@ def test_seeds_are_compared_one_by_one() -> None:
     assert found["fp8_tables/seed_3", "loss_last_20"] == 100.0
 
 
+def test_an_interrupted_call_begins_no_further_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.py").write_text(
+        "import pathlib, sys\npathlib.Path(__file__).with_name(sys.argv[-1]).touch()\nprint('{}')\n"
+    )
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "run.py")])
+    curves = script("fp8_curves")._all_curves([f"bf16_{seed}" for seed in range(40)], ["0"], 60)
+    assert next(curves)[1] == {}
+    with pytest.raises(KeyboardInterrupt):
+        curves.throw(KeyboardInterrupt)
+    assert len(list(tmp_path.glob("bf16_*"))) < 10
+
+
 CALL = ["tools/fp8_curves.py", "--config", "recipes/a.yaml", "--steps", "21", "--seeds"]
 
 
