@@ -67,7 +67,6 @@ def draw(hardware: str, curves: Curves, ends: Ends, said: dict[str, str]) -> Fig
     FigureCanvasAgg(figure)
     loss, distance, end, norm = figure.subplots(1, 4, width_ratios=[4, 4, 3, 4])
     shared = set.intersection(*(set(seeds) for seeds in curves.values())) or set(curves["bf16"])
-    columns = 0  # of the seeds' ends
     for (name, seeds), color in zip(curves.items(), COLORS, strict=False):
         style = {"color": color, "linewidth": 1.2}
         known = f", {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
@@ -79,23 +78,20 @@ def draw(hardware: str, curves: Curves, ends: Ends, said: dict[str, str]) -> Fig
         if name != "bf16" and both:
             distances = [_distance(seeds[seed]["loss"], curves["bf16"][seed]["loss"]) for seed in both]
             distance.plot(*_points(_mean(distances)), **style)
-            known_ends, bf16_ends = ends.get(name, {}), ends.get("bf16", {})
-            of_seeds = [100 * (known_ends[seed] / bf16_ends[seed] - 1) for seed in known_ends if seed in bf16_ends]
-            end.plot([columns] * len(of_seeds), of_seeds, "o", color=color, markersize=4, alpha=0.6)
-            columns += 1
+            of_seeds = [100 * (ends[name][seed] / ends["bf16"][seed] - 1) for seed in both]
+            end.plot([name] * len(both), of_seeds, "o", color=color, markersize=4, alpha=0.6)
     loss.set_yscale("log")
     norm.set_yscale("log")
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    distance.axhline(0, color=INK, linewidth=0.6)
-    end.axhline(0, color=INK, linewidth=0.6)
-    end.set_xlim(-0.5, columns - 0.5)
+    for axes in (distance, end):
+        axes.axhline(0, color=INK, linewidth=0.6)
+    end.margins(x=0.2)
     end.set_xticks([])
     titles = ("training loss (nats/token)", "distance from bf16 (%)", "of each seed at the end (%)", "gradient norm")
     for axes, title in zip((loss, distance, end, norm), titles, strict=True):
         axes.set_title(title, fontsize=10, color=INK)
+        axes.set_xlabel("variant" if axes is end else "step")
         axes.grid(alpha=0.3)
-        if axes is not end:
-            axes.set_xlabel("step")
     figure.suptitle(f"{hardware}, the same weights and data", fontsize=9, color=INK)
     return figure
 

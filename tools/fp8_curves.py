@@ -123,8 +123,8 @@ def _all_curves(runs: list[str], gpus: list[str], limit: float) -> Iterator[tupl
             command = [sys.executable, *sys.argv, "--only", run]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, env=environment)
-            read: Curve = json.loads(done.stdout.splitlines()[-1])
-            return read
+            curve: Curve = json.loads(done.stdout.splitlines()[-1])
+            return curve
         finally:
             free.put(gpu)
 
@@ -133,10 +133,9 @@ def _all_curves(runs: list[str], gpus: list[str], limit: float) -> Iterator[tupl
         try:
             for future in as_completed(futures):
                 try:
-                    curve: Curve | Exception = future.result()
+                    yield futures[future], future.result()
                 except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-                    curve = error
-                yield futures[future], curve
+                    yield futures[future], error
         finally:
             workers.shutdown(wait=False, cancel_futures=True)  # interrupted: nothing new begins
 
